@@ -170,11 +170,15 @@ def _of_pipeline(
     """Print the cost and compare through the pipeline."""
     from fastsched.cli.pipelines import compare_pipeline, solver_that_runs
     from fastsched.diffusers.conventions import describe
+    from fastsched.diffusers.prompt_calls import PromptCalls
 
     pipe, arguments = replace(source, quiet=True).pipeline()  # one progress bar for all runs instead of one for each
+    turns = PromptCalls.of(pipe, source.prompts, arguments, None)
+    run |= {"samples": max(run["samples"], len(turns.prompts))}  # as in a measurement, no prompt is left out
     named = schedules(describe(pipe.scheduler).process)
-    calls = lambda steps, schedule=None: solver_that_runs(pipe, steps, schedule).model_calls(steps) * run["samples"]
-    runs = sum(calls(each.steps, each) for each in named.values()) + sum(map(calls, own_steps))
+    images = run["samples"] * turns.images
+    calls = lambda steps, schedule=None: solver_that_runs(pipe, steps, schedule).model_calls(steps) * images
+    runs = sum(calls(schedule.steps, schedule) for schedule in named.values()) + sum(map(calls, own_steps))
     spending.say_comparing(calls(run["reference_steps"]), runs, dry_run)
     shown = not source.quiet
     options = {"prompts": source.prompts, "arguments": arguments, "progress": shown}

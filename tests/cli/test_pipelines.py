@@ -145,6 +145,16 @@ def test_compare_announces_two_calls_for_a_step_of_two_stages(saved, tmp_path):
     assert f"model calls (a batch of 4 counts as 4): {calls}, of which 46" in result.stderr
 
 
+def test_compare_uses_every_prompt_and_counts_every_image(text_folder, tmp_path):
+    fs.Schedule([14.0, 4.0, 0.0], "ddim", "vp").save(tmp_path / "a.json")
+    asked = ("compare", text_folder, tmp_path / "a.json", *(part for prompt in "abc" for part in ("--prompt", prompt)))
+    few = ("--samples", "2", "--reference-steps", "5", "--baselines", "none", "--call", "num_images_per_prompt=2", "-q")
+    result = run(*asked, *few, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["samples"] == 3 * 2
+    assert f"{3 * 2 * (5 + 2 + 2)}, of which {3 * 2 * 5}" in result.stderr
+
+
 def test_info_describes_a_pipeline(saved):
     found = json.loads(run("info", saved, "--json").stdout)
     assert (found["class"], found["scheduler"], found["solver"], found["noise"]) == (
@@ -240,6 +250,19 @@ def test_a_pipeline_is_profiled_with_another_scheduler(noisy):
     assert result.exit_code == 0, result.stderr
     refused = run(*named, "EDMDPMSolverMultistepScheduler")
     assert "another noise process" in one_line(refused)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--prompt", "b"), "prompt must be given once here, because one call is timed, got 2"),
+        (("--call", "prompt=b"), "prompt must be left out if prompts are given"),
+    ],
+)
+def test_one_prompt_is_profiled(text_folder, more, message):
+    asked = ("profile", text_folder, "--prompt", "a", "--steps", "3", "--dry-run")
+    assert run(*asked).exit_code == 0
+    assert message in one_line(run(*asked, *more))
 
 
 @pytest.mark.parametrize(
