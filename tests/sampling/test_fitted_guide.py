@@ -46,13 +46,13 @@ def denoised(noise, x, value):
     return alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * x
 
 
-def denoiser_of(noise):
+def denoiser_of(noise, sigmas=SIGMAS["vp"]):
     """The same denoiser for `fs.sample`, which asks by its process's own condition."""
     if noise == "ve":
         return fs.Denoiser.from_denoiser(lambda z, s: denoised("ve", z, float(s[0])), 0.002, 80.0)
     if noise == "flow":
         return fs.Denoiser.from_velocity(lambda x, t: (x - denoised("flow", x, float(t[0]))) / float(t[0]))
-    levels = [0.01, *SIGMAS["vp"][2::-1], math.inf]  # at timesteps 1, 2 and 3, and 4 of pure noise
+    levels = [0.01, *sigmas[2::-1], math.inf]  # at timesteps 1, 2 and 3, and 4 of pure noise
     process = fs.denoisers.noise.VariancePreserving(tuple(1 / (1 + s * s) for s in levels))
     return fs.Denoiser(lambda x, t: denoised("vp", x, levels[round(float(t[0]))]), process, "x0")
 
@@ -72,6 +72,19 @@ def test_the_pasted_lines_give_the_samples_of_fs_sample(kind, as_array, tmp_path
     expected = fs.sample(denoiser_of(process), schedule, noise=noise)
     assert isinstance(found, np.ndarray if as_array else torch.Tensor)
     torch.testing.assert_close(torch.as_tensor(found), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", SIGMAS)
+def test_the_pasted_lines_use_decoupled_levels(kind, tmp_path):
+    process, path = kind.split()[0], tmp_path / "schedule.json"
+    asked = [SIGMAS[kind][0], 0.8 * SIGMAS[kind][1], 1.3 * SIGMAS[kind][2]]
+    given = {"weights": WEIGHTS, "network_sigmas": asked, "decoupled": "denoiser"}
+    schedule = fs.Schedule(SIGMAS[kind], "fitted", process, **given)
+    schedule.save(path)
+    noise = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = pasted()["sample"](lambda x, n: denoised(process, x, asked[n]), path, noise)
+    expected = fs.sample(denoiser_of(process, [14.0, *asked[1:]]), schedule, noise=noise)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_the_first_block_runs_and_the_file_holds_what_the_guide_says(tmp_path, monkeypatch):
