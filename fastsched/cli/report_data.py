@@ -89,7 +89,7 @@ def check_schedules(stats: PathStatistics, schedules: Mapping[str, Schedule]) ->
 def read_errors(path: Path) -> list[Measured]:
     """The typical errors in a table that ``fastsched compare --csv`` wrote, or ValueError."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
         found = [Measured(row["name"], row["solver"], int(row["steps"]), float(row["typical_error"])) for row in rows]
         for each in found:  # the figure would leave these out, beside their names

@@ -172,7 +172,8 @@ def test_a_curve_that_reaches_0_is_drawn_down_to_rounding(tmp_path):
 
 def test_an_error_in_a_table_takes_the_place_of_the_schedules_own(page, folder, tmp_path):
     schedule = page.parent / "run <b>.json"
-    (tmp_path / "errors.csv").write_text("name,solver,steps,typical_error\nrun <b>,ddim,4,0.02\n")
+    rows = "name,solver,steps,typical_error\nrun <b>,ddim,4,0.02\n"
+    (tmp_path / "errors.csv").write_text(rows, encoding="utf-8-sig")  # with a byte order mark, as spreadsheets save it
     options = ("--solver", "ddim", "--max-steps", "4", "--errors", tmp_path / "errors.csv", "-q")
     result = run("report", folder / "s.safetensors", schedule, "-o", tmp_path / "r.html", *options)
     assert result.exit_code == 0, result.stderr
