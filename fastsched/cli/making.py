@@ -153,7 +153,7 @@ def fit(
     decoupled_timesteps: Annotated[
         bool, typer.Option("--decoupled-timesteps", help="The same for stock schedulers of diffusers: timesteps only.")
     ] = False,
-    seed: shell.Seed = 0,
+    seed: Annotated[Optional[int], typer.Option(help="Seed of the noises.  [default: 0]", min=0, max=2**31 - 1)] = None,
     batch_size: shell.Batch = None,
     device: shell.Device = None,
     dtype: shell.DType = None,
@@ -180,9 +180,10 @@ def fit(
     # Files and names are checked before the model loads, which may take minutes.
     chosen = None if solver is None else inputs.solver_to_fit(solver)
     known = None if stats is None else inputs.load_statistics(stats)
-    for option in (name for name, value in (("levels", levels), ("samples", samples)) if stats and value is not None):
+    paths = {"levels": levels, "samples": samples, "seed": seed}
+    for option in (name for name, value in paths.items() if stats and value is not None):
         raise ValueError(f"{option} must be left out with --stats, whose levels and paths are used")
-    options = {"stats": known, "levels": levels, "samples": samples, "model_calls": model_calls, "seed": seed}
+    options = {"stats": known, **paths, "seed": seed or 0, "model_calls": model_calls}
     options |= {"decoupled": _one_way(decoupled, decoupled_timesteps), "checkpoint": kept}
     schedule = _fitted(source, steps, chosen, dry_run, options)
     shell.save_or_print(schedule.save, file, summary(schedule))

@@ -338,8 +338,8 @@ def test_levels_are_decoupled_in_one_way(model, tmp_path):
     assert "--decoupled and --decoupled-timesteps exclude each other" in one_line(result)
 
 
-@pytest.mark.parametrize("option", ["levels", "samples"])
-def test_levels_and_samples_are_those_of_statistics(folder, model, tmp_path, option):
+@pytest.mark.parametrize("option", ["levels", "samples", "seed"])
+def test_levels_and_paths_are_those_of_statistics(folder, model, tmp_path, option):
     common = ("--shape", "2,3", "--steps", "4", "--stats", folder / "s.safetensors", "-o", tmp_path / "a.json")
     result = run("fit", model, *common, f"--{option}", "4")
     assert result.exit_code == 2
