@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -127,7 +127,7 @@ def _comfyui(schedule: Schedule) -> tuple[str, dict[str, Any]]:
         where = _where(schedule)
         note(
             f"ComfyUI has no sampler that is {schedule.solver}{where}, and these sigmas suit no other sampler; {NODE}, "
-            f"or fit a schedule for one of {', '.join(known)}"
+            f"or {_fit_one_of(known)}"
         )
     else:
         note(f"paste into ManualSigmas, and choose the sampler {sampler}")
@@ -250,10 +250,7 @@ def _sampler(schedule: Schedule, program: str) -> str:
     """The program's sampler that is the schedule's solver, or ValueError."""
     known = _samplers(schedule, program)
     if schedule.solver not in known:
-        raise ValueError(
-            f"{program} has no sampler that is {schedule.solver}{_where(schedule)}; fit a schedule for one of "
-            f"{', '.join(known)}"
-        )
+        raise ValueError(f"{program} has no sampler that is {schedule.solver}{_where(schedule)}; {_fit_one_of(known)}")
     return known[schedule.solver]
 
 
@@ -262,6 +259,13 @@ def _samplers(schedule: Schedule, program: str) -> dict[str, str]:
     found = {solver: names[PROGRAMS.index(program)] for solver, names in SAMPLERS.items()}
     left_out = NOT_FOR_FLOW if schedule.noise == "flow" else ()
     return {solver: name for solver, name in found.items() if name is not None and solver not in left_out}
+
+
+def _fit_one_of(solvers: Iterable[str]) -> str:
+    """Advice to fit a schedule for one of these solvers, without those that add noise, which cannot be fitted."""
+    from fastsched.sampling.solvers import SOLVERS
+
+    return f"fit a schedule for one of {', '.join(name for name in solvers if name in SOLVERS)}"
 
 
 def _where(schedule: Schedule) -> str:

@@ -7,6 +7,7 @@ import torch
 from shell_runs import one_line, run
 
 import fastsched as fs
+from fastsched.sampling.solvers import SOLVERS
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,10 @@ def test_a_solver_without_a_sampler_is_said(tmp_path):
         result = run("export", path, "--to", program)
         assert result.exit_code == 2
         assert "has no sampler that is unipc" in one_line(result)
+    for result in (comfyui, result):  # `fit` takes no solvers that add noise
+        solvers = result.stderr.split("fit a schedule for one of ")[1].strip().split(", ")
+        assert "dpmpp_2m" in solvers
+        assert set(solvers) <= set(SOLVERS)
 
 
 def test_k_diffusion_cannot_start_from_pure_noise(tmp_path):
