@@ -189,7 +189,8 @@ def _sd_cpp(schedule: Schedule) -> tuple[str, dict[str, Any]]:
 def _diffusers(schedule: Schedule, path: Path, scheduler: str | None, mu: float | None) -> tuple[str, dict[str, Any]]:
     """The arguments of one call if the pipeline is known to take them, otherwise Python for any pipeline."""
     any_number = "the next call of pipe uses it, with any num_inference_steps"
-    use = any_number if schedule.weights is None else f"call it with num_inference_steps={schedule.steps}"
+    stock = schedule.weights is None and schedule.decoupled != "denoiser"  # else a FittedScheduler
+    use = any_number if stock else f"call it with num_inference_steps={schedule.steps}"
     python = (
         "import fastsched as fs\n\n"
         f"schedule = fs.Schedule.load({path.as_posix()!r})\n"

@@ -43,8 +43,8 @@ def test_a_solver_without_a_sampler_is_said(tmp_path):
         result = run("export", path, "--to", program)
         assert result.exit_code == 2
         assert "has no sampler that is unipc" in one_line(result)
-    for result in (comfyui, result):  # `fit` takes no solvers that add noise
-        solvers = result.stderr.split("fit a schedule for one of ")[1].strip().split(", ")
+    for refused in (comfyui, result):  # `fit` takes no solvers that add noise
+        solvers = refused.stderr.split("fit a schedule for one of ")[1].strip().split(", ")
         assert "dpmpp_2m" in solvers
         assert set(solvers) <= set(SOLVERS)
 
@@ -210,6 +210,16 @@ def test_a_fitted_schedule_is_sent_to_the_node_or_called_with_its_steps(tmp_path
     result = run("export", tmp_path / "a.json", "--to", "diffusers")
     assert result.stdout.endswith("fs.diffusers.apply(schedule, pipe)  # call it with num_inference_steps=3\n")
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize(("decoupled", "any_number"), [("denoiser", False), ("timestep", True)])
+def test_the_number_of_steps_is_that_which_decoupled_levels_need(decoupled, any_number, tmp_path):
+    """Only decoupled denoisers are sampled by a scheduler of fastsched's, which takes the schedule's own number."""
+    given = {"network_sigmas": [9.0, 2.5, 0.6], "decoupled": decoupled}
+    fs.Schedule([9.0, 3.0, 0.5, 0.0], "ddim", "ve", **given).save(tmp_path / "a.json")
+    result = run("export", tmp_path / "a.json", "--to", "diffusers")
+    assert ("with any num_inference_steps" in result.stdout) == any_number
+    assert ("call it with num_inference_steps=3" in result.stdout) != any_number
 
 
 def test_diffusers_without_a_scheduler_is_python(flow):
