@@ -32,6 +32,7 @@ ModelCalls = Annotated[
         help="The most model calls in all.  [default: 800, 100 a prompt if that is more; with --stats 740 more]", min=0
     ),
 ]
+FitSeed = Annotated[Optional[int], typer.Option(help="Seed of the noises.  [default: 0]", min=0, max=2**31 - 1)]
 Solver = Annotated[str, typer.Option(help="Such as ddim, heun, dpmpp_2m or ipndm; 'fastsched solvers' lists all.")]
 
 
@@ -153,7 +154,7 @@ def fit(
     decoupled_timesteps: Annotated[
         bool, typer.Option("--decoupled-timesteps", help="The same for stock schedulers of diffusers: timesteps only.")
     ] = False,
-    seed: Annotated[Optional[int], typer.Option(help="Seed of the noises.  [default: 0]", min=0, max=2**31 - 1)] = None,
+    seed: FitSeed = None,
     batch_size: shell.Batch = None,
     device: shell.Device = None,
     dtype: shell.DType = None,
@@ -179,12 +180,11 @@ def fit(
     source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet, scheduler)
     # Files and names are checked before the model loads, which may take minutes.
     chosen = None if solver is None else inputs.solver_to_fit(solver)
-    known = None if stats is None else inputs.load_statistics(stats)
     paths = {"levels": levels, "samples": samples, "seed": seed}
     for option in (name for name, value in paths.items() if stats and value is not None):
         raise ValueError(f"{option} must be left out with --stats, whose levels and paths are used")
-    options = {"stats": known, **paths, "seed": seed or 0, "model_calls": model_calls}
-    options |= {"decoupled": _one_way(decoupled, decoupled_timesteps), "checkpoint": kept}
+    options = {"stats": None if stats is None else inputs.load_statistics(stats), **paths, "seed": seed or 0}
+    options |= {"decoupled": _one_way(decoupled, decoupled_timesteps), "checkpoint": kept, "model_calls": model_calls}
     schedule = _fitted(source, steps, chosen, dry_run, options)
     shell.save_or_print(schedule.save, file, summary(schedule))
     if as_json:
