@@ -23,7 +23,6 @@ from fastsched.diffusers.function_checks import check_function
 from fastsched.diffusers.overrides import ArgumentsOf, Timesteps, without_equal_sigmas
 from fastsched.diffusers.step_checks import (
     UNALIKE,
-    beside_others,
     check_copies,
     check_first_output,
     check_input_scaled,
@@ -40,7 +39,8 @@ from fastsched.diffusers.step_checks import (
     held_at_zero,
     noise_alone,
     output_of_tokens,
-    repeated_query,
+    repeated_batch,
+    repeated_queries,
     warn_of_clipping,
 )
 from fastsched.diffusers.step_counts import check_steps, levels_of
@@ -67,7 +67,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     first                    the pipeline's own latents                           their shape, dtype and device
     next N                   states ``x_k``, from the noisiest level down         the reference path
     next, two times N/2 - 1  states ``x'_k`` of the deviated paths, likewise      the responses
-    last                     an earlier state again, half of the batch            a check: same input, same output
+    last                     two earlier states of a level, a part of each        a check: same input, same output
     =======================  ===================================================  ==============================
 
     That is ``2 N`` steps for an even number of levels (`calibration_steps`).
@@ -229,8 +229,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._clear()
         self._scales = self.convention.input_scale(self._levels).tolist()
         asked = queries(count, deviated_paths(count))
-        self._repeated = repeated_query(len(asked), self._number)
-        self._queries = [*asked, asked[self._repeated]]
+        self._repeated = repeated_queries(asked, self._number)
+        self._queries = [*asked, asked[self._repeated[0]]]
         self._s = s = torch.cat([self._levels[:1], self._levels[self._queries]])
         names = told_timesteps(self._own, self.convention.timesteps(s), timesteps=timesteps, sigmas=sigmas, mu=mu)
         self._names = names.round().to(torch.int64) if self.convention.process.integer_timesteps else names.float()
@@ -330,7 +330,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._statistics: PathStatistics | None = None
         self._steps: Query[PathStatistics] | None = None
         self._returned: Tensor | None = None
-        self._repeat: tuple[Tensor, Tensor] | None = None
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # latents and outputs of the queries to be repeated
 
     def _next(self, output: Tensor, sample: Tensor) -> Tensor:
         if self._index == 0:
@@ -348,23 +348,21 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         return self._input(*next(self._steps))
 
     def _send(self, output: Tensor) -> Tensor:
-        """Send the output to the measurement; returns its next state, or after its last one an earlier state again."""
+        """Send the output to the measurement; returns its next state, or after its last one earlier ones again."""
         assert self._steps is not None
         assert self._returned is not None
-        if self._index == 1 + self._repeated:
-            self._repeat = (output.clone(), self._returned.chunk(self._copies)[0].clone())
+        if self._index - 1 in self._repeated:
+            self._kept[self._index - 1] = self._returned.chunk(self._copies)[0].clone(), output.clone()
         try:
             return self._input(*self._steps.send(output))
         except StopIteration as finished:
-            assert self._repeat is not None
             self._measured_paths = replace(finished.value, model_calls=len(self.timesteps) * len(output))
-            return beside_others(self._repeat[1])
+            return repeated_batch(*(self._kept[query][0] for query in self._repeated))
 
     def _finish(self, output: Tensor) -> Tensor:
         """Make the checks that are left, with that of the repeated output; returns the ends of the paths."""
         self._deferred.run()
-        assert self._repeat is not None
-        check_repeat(self._repeat[0], output, 1 + self._repeated)
+        check_repeat({query: kept[1] for query, kept in self._kept.items()}, output, *self._repeated)
         ends = self._measured_paths.ends * (1 if self._owned is None else ~self._owned.cpu())
         known = {"ends": ends, "changes": self._consistency.changes(self._levels.tolist())}
         self._statistics = found = replace(self._measured_paths, **known, data_std=data_deviation(ends))

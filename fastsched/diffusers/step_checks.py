@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from inspect import Parameter, signature
 from typing import Any
@@ -327,41 +328,55 @@ def warn_of_clipping(kind: type, config: Mapping[str, Any], ends: Tensor) -> Non
             )
 
 
-def beside_others(states: Tensor) -> Tensor:
-    """The second half of a batch (the middle one included) in its place, and before it the same states again.
+def repeated_queries(levels: Sequence[int], number: int) -> tuple[int, int]:
+    """Two of a call's queries, of ``levels``, that its last step repeats: one at `REPEATS`, another of the same level.
 
-    Where samples depend on others it is mostly on the first, as with a reference (StyleAligned, Prompt-to-Prompt).
+    That is half a run apart. Without deviated paths there is no other, and the two are equal.
     """
-    half = len(states) // 2
-    return torch.cat([states[len(states) - half :], states[half:]])
+    wanted, counts = REPEATS[number % len(REPEATS)] * len(levels), Counter(levels)
+    several = [n for n, level in enumerate(levels) if counts[level] > 1] or range(1, len(levels))
+    first = min(several, key=lambda n: abs(n - wanted))
+    return first, next((n for n, level in enumerate(levels) if level == levels[first] and n != first), first)
 
 
-def repeated_query(count: int, number: int) -> int:
-    """Which of a call's ``count`` queries its last step repeats (`REPEATS`), not the first one."""
-    return max(1, int(REPEATS[number % len(REPEATS)] * count))
+def repeated_batch(first: Tensor, other: Tensor) -> Tensor:
+    """A batch of the last half of ``first`` (the middle one included), and before it a part of ``other``.
+
+    The rest is filled with samples of the last half. Where samples depend on others it is mostly on the first, as with
+    a reference (StyleAligned, Prompt-to-Prompt).
+    """
+    begin, half = _parts(len(first))
+    return torch.cat([first[len(first) - begin :], other[begin:half], first[half:]])
 
 
-def check_repeat(first: Tensor, output: Tensor, step: int) -> None:
-    """ValueError unless a network answers the same latents and timestep alike at ``step`` and at the last step.
+def _parts(count: int) -> tuple[int, int]:
+    """Where in a batch the part of the other query begins, and where that of the first."""
+    return (count + 2) // 4, count // 2
+
+
+def check_repeat(outputs: Mapping[int, Tensor], output: Tensor, first: int, other: int) -> None:
+    """ValueError unless a network answers latents and timestep at the last step as it did before.
 
     Args:
-        first: The output for a batch.
-        output: That for its second half, in a batch with other latents (`beside_others`).
-        step: The index of the first output's step.
+        outputs: The outputs of the two queries that were repeated.
+        output: That of the batch from `repeated_batch`.
+        first: Which query is in the last half of the batch.
+        other: Which one is in the part before it.
     """
-    half = len(first) // 2
-    one, two = (each[half:].float() for each in (first, output))
-    change = float((two - one).norm() / one.norm().clamp_min(1e-30))
-    if change > REPEATED.get(output.dtype, 1e-3):
-        beside = (
-            ", beside other latents in the batch, on which it must not depend either (I2VGenXL and TextToVideoSD give "
-            "the frames of a video to step as a batch: no measurement; the images of StyleAligned or Prompt-to-Prompt "
-            "follow the first: prompts_per_call=1)"
-        )
-        raise ValueError(
-            f"the same latents and timestep were answered differently (by {change:.2%}) at the end of the run than at "
-            f"step {step}{beside if half > 0 else ''}; {UNALIKE}"
-        )
+    begin, half = _parts(len(output))
+    for query, rows in ((first, slice(half, None)), (other, slice(begin, half))):
+        one, two = (each[rows].float() for each in (outputs[query], output))
+        change = float((two - one).norm() / one.norm().clamp_min(1e-30))
+        if change > REPEATED.get(output.dtype, 1e-3):
+            beside = (
+                ", beside other latents in the batch, on which it must not depend either (I2VGenXL and TextToVideoSD "
+                "give the frames of a video to step as a batch: no measurement; the images of StyleAligned or "
+                "Prompt-to-Prompt follow the first: prompts_per_call=1)"
+            )
+            raise ValueError(
+                f"the same latents and timestep were answered differently (by {change:.2%}) at the end of the run than "
+                f"at step {1 + query}{beside if half > 0 else ''}; {UNALIKE}"
+            )
 
 
 def check_copies(output: Tensor, copies: int, deferred: DeferredChecks) -> None:

@@ -169,6 +169,17 @@ def test_a_network_that_is_another_within_a_window_of_steps_is_refused(window, i
         fs.diffusers.measure(OraclePipeline(unet, euler()), levels=48, samples=4 * images, images=images)
 
 
+@pytest.mark.parametrize("window", [(0, 0.2), (0.2, 0.8), (0.3, 0.7), (0.5, 0.8), (0.5, 1)])
+def test_windows_of_steps_are_found_in_one_call_of_several_images(window):
+    """Two of its steps are repeated in one, half a run apart, as each level is asked again by the deviated paths."""
+    unet = Windowed().answer_for(euler(), mixture())
+    unet.counter = {"calls": 0, "window": window}
+    with pytest.raises(
+        ValueError, match=r"answered differently \(by (4.76|5.00)%\) at the end of the run than at step"
+    ):
+        fs.diffusers.measure(OraclePipeline(unet, euler()), levels=48, samples=4, images=4)
+
+
 class Mixing(OracleUNet):
     """Adds a part of the batch's mean, or of the first output, to each output."""
 
