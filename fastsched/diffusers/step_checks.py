@@ -345,11 +345,11 @@ def repeated_batch(first: Tensor, other: Tensor) -> Tensor:
     The rest is filled with samples of the last half. Where samples depend on others it is mostly on the first, as with
     a reference (StyleAligned, Prompt-to-Prompt).
     """
-    begin, half = _parts(len(first))
+    begin, half = _repeated_rows(len(first))
     return torch.cat([first[len(first) - begin :], other[begin:half], first[half:]])
 
 
-def _parts(count: int) -> tuple[int, int]:
+def _repeated_rows(count: int) -> tuple[int, int]:
     """Where in a batch the part of the other query begins, and where that of the first."""
     return (count + 2) // 4, count // 2
 
@@ -363,7 +363,7 @@ def check_repeat(outputs: Mapping[int, Tensor], output: Tensor, first: int, othe
         first: Which query is in the last half of the batch.
         other: Which one is in the part before it.
     """
-    begin, half = _parts(len(output))
+    begin, half = _repeated_rows(len(output))
     for query, rows in ((first, slice(half, None)), (other, slice(begin, half))):
         one, two = (each[rows].float() for each in (outputs[query], output))
         change = float((two - one).norm() / one.norm().clamp_min(1e-30))

@@ -90,7 +90,7 @@ class AdaptiveSchedule:
         self.rate, self.order, self.updates = float(rate), int(order), 0  # plain numbers, for files
         self.group = group
         self._checked = False  # whether answers were checked not to follow another sample's level
-        self._is_noise = False  # whether it was warned that answers are noise
+        self._warned_of_noise = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Levels, rate and order are checked, also when they are replaced later; other levels drop the observations."""
@@ -238,13 +238,14 @@ class AdaptiveSchedule:
     def _warn_of_noise(self, answers: Tensor, noise: Tensor, column: Tensor, s: Tensor) -> None:
         """Warn, once, if the answers at the highest of the levels ``s`` are the noise, or the score."""
         high = s >= HIGH_LEVELS * s.max()
-        if self._is_noise or float(s[high].max()) < LEVEL_SPAN * float(s[high].min()):
+        if self._warned_of_noise or float(s[high].max()) < LEVEL_SPAN * float(s[high].min()):
             return
         high = high.to(noise.device)
+        allowed = NEAR_NOISE * noise[high].square().flatten(1).sum(1)
         for what, scaled in (("the noise", answers), ("the score", -column * answers)):
-            squares = ((each[high] ** 2).flatten(1).sum(1) for each in (scaled - noise, noise))
-            if bool((next(squares) < NEAR_NOISE * next(squares)).all()):
-                self._is_noise = True
+            distance = (scaled - noise)[high].square().flatten(1).sum(1)
+            if bool((distance < allowed).all()):
+                self._warned_of_noise = True
                 validate.warn(
                     f"denoise must return x0, but its answers are nearly {what}, and the estimated costs wrong: pass a "
                     "Denoiser, such as Denoiser.from_epsilon or from_score makes"
