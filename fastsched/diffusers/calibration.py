@@ -18,7 +18,7 @@ from fastsched.diffusers.attributes import copied_with
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import class_and_settings, class_of, describe, own_scheduler
 from fastsched.diffusers.exporter import told_timesteps
-from fastsched.diffusers.first_latents import check_first_latents, check_neighbours
+from fastsched.diffusers.first_latents import check_first_latents, check_neighbours, check_noise_predicted
 from fastsched.diffusers.function_checks import check_function
 from fastsched.diffusers.overrides import ArgumentsOf, Timesteps, without_equal_sigmas
 from fastsched.diffusers.step_checks import (
@@ -295,8 +295,11 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._deferred.add_finite(output, lambda: f"the network returned NaN or inf at {name}")
         if seen is not None:
             self._check_seen(seen, output, sample)
-        if self._index == 1 and self._first is not None:  # now it is known which elements the pipeline owns
-            check_neighbours(self._first, self._owned, self._deferred)
+        if self._index == 0 and self._own_noise:
+            self._first = sample.clone(), output.clone()
+        elif self._first is not None:  # now it is known which elements the pipeline owns
+            check_neighbours(self._first[0], self._owned, self._deferred)
+            check_noise_predicted(self._first, (sample, output), self.convention, self._s[0], self._deferred)
             self._first = None
         check_copies(output, self._copies, self._deferred)
         self._deferred.run(wait=False)
@@ -325,7 +328,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._consistency = Consistency(len(self._levels))
         self._deferred = DeferredChecks()
         self._still: Tensor | None = None
-        self._first: Tensor | None = None  # the pipeline's first latents, until the second step
+        #: The pipeline's first latents, and the output for them, until the second step.
+        self._first: tuple[Tensor, Tensor] | None = None
         self._owned: Tensor | None = None  # elements of the latents that the pipeline keeps for itself
         self._statistics: PathStatistics | None = None
         self._steps: Query[PathStatistics] | None = None
@@ -386,7 +390,6 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
                 asked = self.asked_size or self._watch is None
                 needed = 1.0 if asked else float(getattr(self._own, "init_noise_sigma", 1.0))
                 check_first_latents(sample, self._deferred, needed, self.config["scheduler_class"])
-                self._first = sample.clone()
             return
         returned = self._returned.to(sample.device)
         if self._index == 1 and doubled(sample, returned):

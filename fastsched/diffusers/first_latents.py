@@ -1,4 +1,4 @@
-"""Checks of the latents that a pipeline starts from: they must be independent normal noise."""
+"""Checks of the latents that a pipeline starts from, independent normal noise, and of how its network answers noise."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.deferred_checks import DeferredChecks
+from fastsched.diffusers.conventions import Convention
 from fastsched.diffusers.step_checks import INSTEAD
 
 #: Parts of the latents with fewer elements may be equal by chance.
@@ -17,6 +18,11 @@ FEWEST_ELEMENTS = 8
 
 #: Neighbours are refused if they are correlated by more than the first number and this many standard errors.
 CORRELATED, STANDARD_ERRORS = 0.1, 6
+
+#: From the first number up, a level is noise alone. There an output follows the noise if the difference of outputs for
+#: two noises is that of the noises, up to this part of it. For trained networks that predict noise or a velocity it is
+#: so up to 0.06; outputs that predict ``v``, ``F`` or the sample, and those of random weights, differ by 0.7 or more.
+NOISE_ALONE, FOLLOWS = 4.0, 0.2
 
 
 def check_first_latents(sample: Tensor, deferred: DeferredChecks, needed: float = 1.0, name: str = "") -> None:
@@ -102,3 +108,47 @@ def check_neighbours(sample: Tensor, owned: Tensor | None, deferred: DeferredChe
                 )
 
     deferred.add(products, check)
+
+
+def check_noise_predicted(
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    convention: Convention,
+    s: Tensor,
+    deferred: DeferredChecks,
+) -> None:
+    """ValueError if outputs at the highest level follow the noise as those of another prediction or sign do.
+
+    A prediction of noise, or a velocity, is the noise itself there, up to a constant. ``v``, ``F`` and predictions of
+    the sample hold next to none of it. So two noises show a wrong ``prediction_type``. An output that follows no noise
+    tells nothing: that of random weights does not either.
+
+    Args:
+        first: The pipeline's first latents and the output for them.
+        second: Those of the next step, at the same level.
+        convention: What the network should predict.
+        s: The level.
+        deferred: Collects the values to compare.
+    """
+    if float(s) < NOISE_ALONE or first[0].shape != second[0].shape:
+        return
+    noise, output = (b.float() - a.float() for a, b in zip(first, second, strict=True))
+    of_noise = convention.denoiser.prediction in ("epsilon", "velocity")
+    away = torch.linalg.vector_norm(output + noise if of_noise else output - noise)
+
+    def check(found: Tensor) -> None:
+        if not float(found) < FOLLOWS:
+            return
+        if of_noise:
+            raise ValueError(
+                "at the highest level the network's output follows the negative of the noise in its input, so its sign "
+                "is wrong: negate it in the pipeline (does the model have noise at time 0 and data at 1?)"
+            )
+        raise ValueError(
+            "at the highest level the network's output follows the noise in its input, as that of a network which "
+            "predicts noise does, and the scheduler's config says that it predicts something else; set "
+            "prediction_type='epsilon' (pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, "
+            "prediction_type='epsilon'))"
+        )
+
+    deferred.add(away / torch.linalg.vector_norm(noise).clamp_min(1e-30), check)
