@@ -164,7 +164,8 @@ def prove(
         answered = denoised_levels(schedule, convention.process) if schedule.decoupled == "denoiser" else levels[:-1]
         run = trace(target, levels[0], answered, expected)
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, AssertionError, KeyError) as error:
-        raise ValueError(f"{name} does not take this schedule: {error}") from error
+        reason = str(error) or f"it ends in {type(error).__name__}"  # an assert may say nothing
+        raise ValueError(f"{name} does not take this schedule: {reason}") from error
     if len(used) != len(schedule.sigmas):
         raise ValueError(f"{name} would run {len(used) - 1} steps instead of {schedule.steps}")
     if float(used[-1]) != 0:

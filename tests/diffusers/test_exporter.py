@@ -310,3 +310,12 @@ def test_fastsched_itself_needs_no_diffusers():
     code = "import sys, fastsched; assert 'diffusers' not in sys.modules; sys.modules['diffusers'] = None\n"
     code += "import pytest\nwith pytest.raises(ImportError, match='fastsched.diffusers'): fastsched.diffusers.apply"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_scheduler_that_fails_without_a_message_is_refused_with_the_kind_of_error():
+    """UniPC rounds flow times to integers, and asserts about them without a message."""
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    scheduler = diffusers.UniPCMultistepScheduler(**flow, num_train_timesteps=1)
+    schedule = fs.Schedule(torch.tensor([1.0, 0.7, 0.3, 0.1, 0.0]), "unipc", "flow")
+    with pytest.raises(ValueError, match=r"does not take this schedule: it ends in [A-Z][A-Za-z]*Error\. Try "):
+        fs.diffusers.export(schedule, scheduler)
