@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import exact_denoisers
+from models import exact_denoiser, exact_denoisers
 
 import fastsched as fs
 from fastsched.measurement.network_checks import check_network
@@ -251,6 +251,15 @@ def test_paths_from_noise_that_does_not_far_exceed_the_data_are_not_checked_abou
         warnings.simplefilter("always")
         fs.measure(right, (d,), levels=16, samples=4, seed=seed, responses=False, progress=False)
     assert not [str(each.message) for each in told if "times the data variance" in str(each.message)]
+
+
+@pytest.mark.parametrize("seed", [0, 4, 7])
+def test_rare_values_of_the_data_are_no_doubt(seed):
+    """A feature that is 0 in nine samples of ten, of which few paths tell the variance."""
+    rare = exact_denoiser(fs.oracles.Empirical(torch.tensor([[0.0]] * 9 + [[1.0]])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measure(rare, 1, 48, seed, samples=8)
 
 
 def test_a_path_that_ends_near_0_by_chance_is_no_doubt():
