@@ -1,9 +1,11 @@
 """Networks that are compiled, quantised or offloaded are measured as they are."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from models import exact_denoisers
 from torch import nn
 
 import fastsched as fs
@@ -89,3 +91,17 @@ def test_no_autograd_graph_is_kept():
     stats = fs.measure(denoiser, SHAPE, levels=LEVELS, samples=2, keep_increments=True, progress=False)
     kept = (stats.gram, stats.ends, stats.increments, stats.responses, *given)
     assert not any(tensor.requires_grad for tensor in kept)
+
+
+def test_activations_in_8_bits_with_one_scale_for_the_batch_are_only_warned_of():
+    """As torch's dynamic quantisation has them: off by at most a few per cent, but not alike in every batch."""
+    exact = exact_denoisers(fs.oracles.Gaussian(0.2, SHAPE))["edm"]
+
+    def quantised(x, c_noise):
+        raw = exact.network(x, c_noise)
+        scale = raw.abs().max() / 31  # 1% at the highest level, as several layers in 8 bits
+        return (raw / scale).round() * scale
+
+    with pytest.warns(UserWarning, match="changes a little with the other samples of its batch") as told:
+        fs.measure(replace(exact, network=quantised), SHAPE, levels=LEVELS, seed=1, progress=False)
+    assert len(told) == 1
