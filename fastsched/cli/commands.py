@@ -21,6 +21,8 @@ class App(typer.Typer):
             return super().__call__(*args, **kwargs)
         except SystemExit as end:  # an interrupted fit writes its best schedule and ends without an error
             sys.exit(130 if STATE["interrupted"] and not end.code else end.code)
+        except KeyboardInterrupt:  # before the command began; later ones are reported by `errors_in_a_line`
+            sys.exit(130)
         except OSError as error:  # the commands' own are reported by `errors_in_a_line`
             if STATE["traceback"]:
                 raise

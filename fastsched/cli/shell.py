@@ -89,7 +89,7 @@ def interrupted_by_signals() -> None:
         STATE["interrupted"] = True
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # else the caller ignores it
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL):  # else the caller ignores it
         signal.signal(signal.SIGINT, interrupt)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, interrupt)
