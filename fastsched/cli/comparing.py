@@ -110,7 +110,7 @@ def compare(
     found = {"samples": result.samples, "rows": result.to_dicts()}
     if csv is not None:  # before printing, which ends the command if a reader such as head closed the pipe
         shell.save_or_print(result.to_csv, csv, found)
-        note(f"wrote {csv}")
+        shell.wrote(csv)
     if as_json:
         shell.print_json(found)
     else:
@@ -144,7 +144,7 @@ def plot(
     schedules = inputs.named_schedules([path for path in files if path not in measured])
     figure = plot_cost_density(stats) if stats is not None and not schedules else plot_schedules(schedules, stats=stats)
     shell.save_figure(figure, output)
-    note(f"wrote {output}")
+    shell.wrote(output)
 
 
 @shell.while_a_model_runs()

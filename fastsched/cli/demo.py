@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from fastsched.measurement.converged_samples import Reference, converged_referen
 from fastsched.measurement.measuring import measure
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.display import aligned
+from fastsched.sampling.files import check_writable
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.sampler import sample
 from fastsched.sampling.schedule import Schedule
@@ -46,6 +48,21 @@ class Demo:
     reference: Reference  #: the converged samples of all comparisons
 
 
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Create the folder; it is removed again if the work within the block fails before a file is in it."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        check_writable(folder / "demo.png")
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # it is not empty
+            for each in new:
+                each.rmdir()
+        raise
+
+
 def run_demo(
     output: str | os.PathLike[str],
     *,
@@ -61,9 +78,32 @@ def run_demo(
     ``samples`` noises. ``say`` is called with each line of text.
     """
     samples = validate.positive_int("samples", samples, minimum=2)
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    denoiser = digits_denoiser()
+    folder, denoiser = Path(output), digits_denoiser()
+    with _made(folder):
+        demo = _run(denoiser, samples, solvers, steps, progress, say)
+        figure = draw(demo, denoiser)
+        # Before printing, which ends the command if a reader such as head closed the pipe.
+        for solver, runs in demo.schedules.items():
+            for n, named in runs.items():
+                named[OURS].save(folder / f"{solver}-{n}.json")
+        save_figure(figure, folder / "demo.png")
+    for solver in solvers:
+        say("\n" + table(solver, demo.comparisons[solver]))
+    reference = demo.reference
+    say("\n" + LEGEND.format(samples=samples, solver=reference.solver, steps=reference.steps))
+    say(f"\nwrote {folder / 'demo.png'} and the schedules, {folder}{os.sep}SOLVER-STEPS.json")
+    return demo
+
+
+def _run(
+    denoiser: Denoiser,
+    samples: int,
+    solvers: Sequence[str],
+    steps: Sequence[int],
+    progress: bool,
+    say: Callable[[str], None],
+) -> Demo:
+    """Measure, select and compare; arguments are those of `run_demo`."""
     stats = measure(denoiser, SHAPE, levels=LEVELS, samples=PATHS, progress=progress)
     say(f"measured {stats.levels} levels on {stats.samples} paths: {stats.model_calls} model calls")
     reference = converged_reference(denoiser, SHAPE, samples=samples, progress=progress)
@@ -75,17 +115,7 @@ def run_demo(
             for n, named in runs.items():
                 comparisons[solver][n] = compare(denoiser, named, reference=reference, progress=False)
                 advance(1)
-    demo = Demo(stats, schedules, comparisons, reference)
-    # Before printing, which ends the command if a reader such as head closed the pipe.
-    for solver, runs in schedules.items():
-        for n, named in runs.items():
-            named[OURS].save(folder / f"{solver}-{n}.json")
-    save_figure(draw(demo, denoiser), folder / "demo.png")
-    for solver in solvers:
-        say("\n" + table(solver, comparisons[solver]))
-    say("\n" + LEGEND.format(samples=samples, solver=reference.solver, steps=reference.steps))
-    say(f"\nwrote {folder / 'demo.png'} and the schedules, {folder}{os.sep}SOLVER-STEPS.json")
-    return demo
+    return Demo(stats, schedules, comparisons, reference)
 
 
 LEGEND = (

@@ -90,7 +90,7 @@ def export(
         typer.echo(text)
     else:
         write_whole(output, f"{text}\n".encode())
-        note(f"wrote {output}")
+        shell.wrote(output)
 
 
 def _check_list(schedule: Schedule, program: str) -> None:

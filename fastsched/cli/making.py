@@ -191,7 +191,7 @@ def fit(
         shell.print_json(summary(schedule))
     else:
         _show(schedule)
-    note(f"wrote {file}")
+    shell.wrote(file)
 
 
 def _one_way(decoupled: bool, timesteps: bool) -> bool | str:
@@ -266,7 +266,7 @@ def select(
         schedules.append(optimal_schedule(stats, count, method))
         if file is not None:
             schedules[-1].save(file)
-            note(f"wrote {file}")
+            shell.wrote(file)
     # After the files, because a reader that closes the pipe, such as head, ends the command here.
     if as_json:
         shell.print_json([summary(schedule) for schedule in schedules])

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Optional
 import typer
 
 from fastsched.cli import inputs, shell
-from fastsched.cli.shell import note
 
 
 def plan(
@@ -53,7 +52,7 @@ def plan(
         curves = [fs.error_curve(loaded, name, most, progress=progress) for name in names]
     if output is not None:  # before printing, which ends the command if a reader such as head closed the pipe
         shell.save_figure(plot_error_curves(curves), output)
-        note(f"wrote {output}")
+        shell.wrote(output)
     found, missed = [], []
     for curve, error in zip(curves, errors, strict=True):
         rows = zip(curve.steps, curve.model_calls, curve.predicted_errors, strict=True)

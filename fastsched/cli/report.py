@@ -8,7 +8,6 @@ from typing import Annotated, Optional
 import typer
 
 from fastsched.cli import inputs, shell
-from fastsched.cli.shell import note
 
 #: Media types of pictures that a page can hold.
 PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
@@ -56,7 +55,7 @@ def report(
         found = [error_curve(stats, name, most, progress=progress) for name in names]
     page = report_page.page(title, stats, named, found, measured, pictures)
     write_whole(output, page.encode(errors="backslashreplace"))
-    note(f"wrote {output}")
+    shell.wrote(output)
 
 
 def _picture(option: str) -> tuple[str, str, bytes]:

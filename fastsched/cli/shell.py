@@ -97,19 +97,26 @@ def interrupted_by_signals() -> None:
             os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
+#: The files that commands in this process have written.
+WRITTEN: list[str] = []
+
+
 @contextlib.contextmanager
-def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> Iterator[None]:
+def errors_in_a_line(on_interrupt: str | None = None) -> Iterator[None]:
     """Print an error as one line on stderr and exit: status 2 for a bad argument, 1 for anything else.
 
-    After Ctrl-C ``on_interrupt`` is printed, and the status is 130.
+    After Ctrl-C ``on_interrupt`` is printed, or when None what was written, and the status is 130.
     """
+    before = len(WRITTEN)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _say_warning
             with _no_exits():
                 yield
     except KeyboardInterrupt:
-        say(logging.WARNING, on_interrupt)
+        new = WRITTEN[before:]
+        done = f"written: {', '.join(new)}" if new else "nothing was written"
+        say(logging.WARNING, on_interrupt or f"interrupted; {done}")
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise
@@ -212,6 +219,12 @@ def while_a_model_runs() -> Iterator[None]:
 def note(text: str) -> None:
     """Print a line on stderr: stdout is for results only."""
     say(logging.INFO, text)
+
+
+def wrote(path: Path) -> None:
+    """Say that a file was written."""
+    WRITTEN.append(str(path))
+    note(f"wrote {path}")
 
 
 @contextlib.contextmanager

@@ -6,8 +6,11 @@ import sys
 
 import pytest
 import typer
+from shell_runs import one_line, run
 
+from fastsched.cli import demo
 from fastsched.cli.commands import app
+from fastsched.selection import optimal
 
 #: Starts the command, and sends it Ctrl-C at its first import of typer.
 EARLY = """
@@ -31,11 +34,42 @@ def test_ctrl_c_while_the_command_loads_shows_no_traceback():
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
-def test_ctrl_c_before_a_command_begins_shows_no_traceback(monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
 
+
+def test_ctrl_c_before_a_command_begins_shows_no_traceback(monkeypatch):
     monkeypatch.setattr(typer.Typer, "__call__", interrupted)
     with pytest.raises(SystemExit) as end:
         app(["solvers"])
     assert end.value.code == 130
+
+
+def test_an_interrupted_command_names_the_files_that_it_has_written(folder, tmp_path, monkeypatch):
+    found = optimal.optimal_schedule
+    monkeypatch.setattr(optimal, "optimal_schedule", lambda stats, n, _: found(stats, n) if n == 2 else interrupted())
+    select = ("select", folder / "s.safetensors", "-o", tmp_path / "x.json", "--steps")
+    stopped = run(*select, "2,3")
+    assert stopped.exit_code == 130
+    assert stopped.stderr.splitlines() == [
+        f"wrote {tmp_path / 'x-2.json'}",
+        f"interrupted; written: {tmp_path / 'x-2.json'}",
+    ]
+    assert one_line(run(*select, "3,2")) == "interrupted; nothing was written"
+
+
+def test_an_interrupted_demo_leaves_no_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    monkeypatch.setattr(demo, "measure", interrupted)
+    (tmp_path / "old").mkdir()
+    for name in ("a/b", "old"):
+        assert one_line(run("demo", "-q", "-o", tmp_path / name)) == "interrupted; nothing was written"
+    assert [each.name for each in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_demo_interrupted_while_it_draws_has_written_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    monkeypatch.setattr(demo, "_run", lambda *_: None)
+    monkeypatch.setattr(demo, "draw", interrupted)
+    assert one_line(run("demo", "-q", "-o", tmp_path / "new")) == "interrupted; nothing was written"
+    assert list(tmp_path.iterdir()) == []
