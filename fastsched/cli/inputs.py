@@ -53,6 +53,11 @@ def solver_to_fit(name: str) -> str:
     return chosen_solver(solver_named(name)).name
 
 
+def solvers_to_fit(names: str) -> list[str]:
+    """`solver_to_fit` of names separated by commas, each solver once."""
+    return list(dict.fromkeys(solver_to_fit(name.strip()) for name in names.split(",")))
+
+
 @dataclass(frozen=True)
 class Source:
     """A model given on a command line, and how to run it. Each field but ``name`` is the option of that name."""
@@ -116,11 +121,11 @@ class Source:
         arguments = call_arguments(self.call)
         check_parts(self.name)
         replacing = None if self.scheduler is None else scheduler_class(self.scheduler)
-        from fastsched.diffusers.pipeline_call import check_accepted
+        from fastsched.diffusers.pipeline_call import check_arguments
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the call repeats them; errors must come before the model loads
-            check_accepted(kind, [*(["prompt"] if self.prompts else []), *arguments])
+            check_arguments(kind, self.prompts, arguments)
         check_values(kind, arguments)
         precision = {} if self.dtype is None else {"torch_dtype": self.precision}
         try:

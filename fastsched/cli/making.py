@@ -255,7 +255,7 @@ def select(
     """
     from fastsched.selection.optimal import optimal_schedule
 
-    counts = inputs.integers("steps", steps)
+    counts = list(dict.fromkeys(inputs.integers("steps", steps)))
     files = [None if output is None else _numbered(output, count, len(counts)) for count in counts]
     for file in files:
         shell.writable(file, sources=[statistics])

@@ -46,7 +46,7 @@ def plan(
     goal = None if target is None else _target(target)
     loaded = inputs.load_statistics(stats)
     most = min(20, loaded.levels - 1) if max_steps is None else max_steps
-    names = [inputs.solver_named(name.strip()) for name in solver.split(",")]
+    names = inputs.solvers_to_fit(solver)
     errors = [None if goal is None else target_error(loaded, name, goal) for name in names]  # before the slow curves
     with shell.joint_bar(most * len(names), not quiet, "predicting", "schedule") as progress:
         curves = [fs.error_curve(loaded, name, most, progress=progress) for name in names]

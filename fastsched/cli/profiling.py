@@ -46,7 +46,7 @@ def profile(
     with shell.while_a_model_runs(), inputs.named_as_options():
         if source.is_pipeline:
             model, arguments = source.pipeline()
-            arguments |= _one_prompt(model, prompt, arguments)
+            arguments |= _one_prompt(prompt)
         else:
             model, sizes = source.denoiser()
             arguments: dict[str, Any] = {"shape": sizes}
@@ -56,11 +56,8 @@ def profile(
     typer.echo(found.to_json() if as_json else str(found))
 
 
-def _one_prompt(pipe: Any, prompts: list[str] | None, arguments: dict[str, Any]) -> dict[str, Any]:
+def _one_prompt(prompts: list[str] | None) -> dict[str, Any]:
     """The prompt as an argument of the call that is timed; ValueError if there are several."""
-    from fastsched.diffusers.pipeline_call import check_call
-
-    check_call(pipe, prompts, arguments)
     if prompts and len(prompts) > 1:
         raise ValueError(f"prompt must be given once here, because one call is timed, got {len(prompts)}")
     return {"prompt": prompts[0]} if prompts else {}

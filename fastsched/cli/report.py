@@ -40,7 +40,7 @@ def report(
 
     check_matplotlib()
     shell.writable(output, endings=(".html",))
-    names = [inputs.solver_named(name.strip()) for name in solver.split(",")]
+    names = inputs.solvers_to_fit(solver)
     pictures = [_picture(option) for option in image or []]
     stats = inputs.load_statistics(statistics)
     named = inputs.named_schedules(schedules or [])

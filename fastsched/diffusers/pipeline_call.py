@@ -110,16 +110,26 @@ def _reason(error: Exception, pipe: Any, steps: int, call_kwargs: dict[str, Any]
 
 
 def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any]) -> None:
-    """Check the arguments of a pipeline's call.
+    """Check a pipeline and the arguments of its call.
 
     Raises:
         RuntimeError: If another thread measures or fits the pipeline.
-        TypeError: If ``pipe`` has no scheduler, ``prompts`` are not strings, or its call lacks one of ``call_kwargs``.
-        ValueError: If the arguments determine the steps or add noise, ``prompts`` is empty, or the prompt is given
-            twice.
+        TypeError: If ``pipe`` has no scheduler, or as `check_arguments` does.
+        ValueError: As `check_arguments` does.
     """
     check_one_thread(pipe)
     check_pipe(pipe)
+    check_arguments(pipe, prompts, call_kwargs)
+
+
+def check_arguments(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any]) -> None:
+    """Check the arguments of a call of a pipeline, or of a class of pipelines.
+
+    Raises:
+        TypeError: If ``prompts`` are not strings, or the call lacks one of ``call_kwargs``.
+        ValueError: If the arguments determine the steps or add noise, ``prompts`` is empty, or the prompt is given
+            twice.
+    """
     for name in STEPPING:
         if name in call_kwargs:
             raise ValueError(f"{name} must be left out, because the measurement determines the steps")

@@ -346,6 +346,14 @@ def test_plan_prints_and_draws(folder, tmp_path):
     assert "steps for karras:8" in result.stdout
 
 
+def test_what_is_named_twice_is_done_once(folder, tmp_path):
+    twice = run("plan", folder / "s.safetensors", "--solver", "ddim,dpmpp_2m, euler,ddim", "--max-steps", "2", "--json")
+    assert [entry["solver"] for entry in json.loads(twice.stdout)] == ["ddim", "dpmpp_2m"]
+    run("select", folder / "s.safetensors", "--steps", "2,3,2", "-o", tmp_path / "x.json")
+    assert sorted(os.listdir(tmp_path)) == ["x-2.json", "x-3.json"]
+    assert len(json.loads(run("select", folder / "s.safetensors", "--steps", "2,2", "--json").stdout)) == 1
+
+
 def test_plan_shows_the_other_solvers_if_one_does_not_reach_the_target(folder):
     options = ("--solver", "ddim,dpmpp_2m", "--max-steps", "8", "--target")
     curves = json.loads(run("plan", folder / "s.safetensors", *options, "1e9", "--json").stdout)

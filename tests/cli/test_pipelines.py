@@ -265,6 +265,14 @@ def test_one_prompt_is_profiled(text_folder, more, message):
     assert message in one_line(run(*asked, *more))
 
 
+def test_a_prompt_given_twice_is_refused_before_the_pipeline_loads(text_folder, folder, monkeypatch):
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_pretrained", None)
+    for command in (("measure",), ("fit", "--steps", "3"), ("compare", folder / "x-4.json"), ("profile",)):
+        name, *rest = command
+        refused = run(name, text_folder, *rest, "--prompt", "a", "--call", "prompt=b", "--dry-run")
+        assert one_line(refused) == "error: prompt must be left out if prompts are given"
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
