@@ -22,6 +22,7 @@ from fastsched import ops, validate
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.network_modules import modules_of
 from fastsched.fitting.budget import TOTAL, measuring_calls
+from fastsched.measurement.batches import attach_finished
 from fastsched.measurement.converged_samples import level_count
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.measuring import measure
@@ -186,6 +187,7 @@ def profile(
     Raises:
         TypeError: If ``model`` is neither.
         ValueError: If an argument is out of range, or the pipeline cannot be measured.
+        OSError: If the trace cannot be written; the result is ``error.partial``.
     """
     validate.arguments(locals(), **_CHECKS)
     trace = absolute_file(trace)
@@ -212,7 +214,11 @@ def profile(
     with torch.no_grad(), recorder as recorded:
         found = _profile(runs, steps)
     if trace is not None and recorded is not None:
-        _write_trace(recorded, trace)
+        try:
+            _write_trace(recorded, trace)
+        except OSError as error:
+            attach_finished(error, found)
+            raise
     return found
 
 

@@ -208,9 +208,12 @@ def _baselines(
     for name in names:
         validate.choice("baselines", name, (*ranged, "uniform", "flow_shift"))
         for solver, steps in kinds:
-            sigmas = common_sigmas(process, levels, name, steps, spare_last=spare_last)
             label = name if len(kinds) == 1 else f"{name}-{solver}-{steps}"
             while label in schedules:
                 label = f"common {label}"
-            added[label] = Schedule(sigmas, solver, process.kind)
+            try:
+                sigmas = common_sigmas(process, levels, name, steps, spare_last=spare_last)
+                added[label] = Schedule(sigmas, solver, process.kind)
+            except ValueError as error:  # levels may coincide
+                raise ValueError(f"baselines: {label}: {error}") from None
     return added

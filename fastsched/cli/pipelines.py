@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,8 +53,8 @@ def compare_pipeline(
         ValueError: If the pipeline cannot be given a schedule, or returns no tensors.
     """
     check_call(pipe, prompts, arguments)
-    for schedule in schedules.values():
-        warn_of_solver(schedule, pipe.scheduler)
+    for name, schedule in schedules.items():
+        _check_applied(name, schedule, pipe.scheduler)
     solver = solver_of(pipe.scheduler, max(own_steps, default=None)) or "ddim"
     process = describe(pipe.scheduler).process
     fine = even_schedule(process, level_count(process, reference_steps), solver)
@@ -78,6 +79,17 @@ def compare_pipeline(
         ran = solver_that_runs(pipe, steps, schedule)
         rows.append(row_of(name, ran.name, steps, ran.model_calls(steps), end, reference))
     return Comparison(tuple(rows), len(ends[0]), reference)
+
+
+def _check_applied(name: str, schedule: Schedule, scheduler: Any) -> None:
+    """ValueError with the schedule's name, before any run, if ``scheduler`` cannot be given it."""
+    warn_of_solver(schedule, scheduler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its runs repeat them
+            applied(schedule, scheduler)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _sampled(pipe: Any, schedule: Schedule | None, steps: int, seed: int, arguments: dict[str, Any]) -> Tensor:

@@ -52,8 +52,14 @@ def profile(
             arguments: dict[str, Any] = {"shape": sizes}
             _check_placed(model, device, dtype)
         spending.say(f"about {steps_run(model, steps)}", dry_run)
-        found = fs.profile(model, steps=steps, trace=trace, **arguments)
-    typer.echo(found.to_json() if as_json else str(found))
+        try:
+            found, failure = fs.profile(model, steps=steps, trace=trace, **arguments), None
+        except OSError as error:  # the disk is full, say; the calls need not be repeated for the figures
+            found, failure = getattr(error, "partial", None), error
+    if isinstance(found, fs.Profile):
+        typer.echo(found.to_json() if as_json else str(found))
+    if failure is not None:
+        raise failure
 
 
 def _one_prompt(prompts: list[str] | None) -> dict[str, Any]:

@@ -116,6 +116,17 @@ def test_compare_holds_the_pipeline_to_its_converged_samples(saved, pipe, tmp_pa
     assert f"model calls (a batch of 4 counts as 4): {calls}, of which 24" in result.stderr
 
 
+def test_compare_names_a_schedule_that_cannot_be_given_before_any_run(saved, pipe, tmp_path, monkeypatch):
+    from fastsched.diffusers.conventions import describe
+    from fastsched.selection.starts import even_schedule
+
+    even_schedule(describe(pipe.scheduler).process, 100, "ddim").save(tmp_path / "even.json")
+    monkeypatch.setattr("fastsched.cli.pipelines.call", None)
+    for baselines, named in (("beta,karras", "beta"), ("karras", "karras")):
+        refused = one_line(run("compare", saved, tmp_path / "even.json", "--baselines", baselines, "-q"))
+        assert refused.startswith(f"error: {named}: DDIMScheduler cannot be made to use this schedule")
+
+
 def test_compare_names_the_solver_that_ran_and_counts_its_calls(pipe):
     from pipelines import oracle_pipeline
 

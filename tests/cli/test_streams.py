@@ -1,5 +1,6 @@
 """What commands write to terminals, pipes and closed streams."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import types
 
 import pytest
+from shell_runs import one_line, run
 
 import fastsched as fs
 from fastsched.cli import shell
@@ -66,3 +68,12 @@ def test_a_text_that_cannot_be_written_is_an_error_in_a_line(option):
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["error: No space left on device"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the device that is always full is Linux's")
+def test_a_profile_is_printed_if_its_trace_cannot_be_written(model, tmp_path):
+    (tmp_path / "trace.json").symlink_to("/dev/full")
+    result = run("profile", model, "--shape", "2,3", "--steps", "3", "--json", "--trace", tmp_path / "trace.json")
+    assert result.exit_code == 1
+    assert one_line(result).startswith("error: No space left on device")
+    assert len(json.loads(result.stdout)["steps"]) == 3
