@@ -17,7 +17,16 @@ from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess, process_from_dict
 from fastsched.measurement.deviated_paths import STRIDE, DeviatedPath
 from fastsched.measurement.statistics_checks import TENSORS, VECTORS, check_whole
-from fastsched.sampling.files import check_readable, check_version, checksum, json_object, kind_of, named, write_whole
+from fastsched.sampling.files import (
+    check_readable,
+    check_version,
+    checksum,
+    json_object,
+    kind_of,
+    named,
+    unknown_entries,
+    write_whole,
+)
 from fastsched.sampling.origin import Origin
 
 FORMAT = "fastsched.path_statistics"
@@ -145,7 +154,7 @@ def _fields(header: dict[str, Any], tensors: dict[str, Tensor], version: int) ->
     unknown = set(header) - ENTRIES - (FORMER_ENTRIES if version < 3 else set())
     unknown |= set(tensors) - {*names.values()}
     if unknown:
-        raise ValueError(f"holds entries that are not known: {', '.join(sorted(unknown))[:200]}")
+        raise ValueError(unknown_entries(unknown))
     if not isinstance(header["process"], dict):
         raise TypeError(f"process = {header['process']!r:.80}")
     if version == 1:

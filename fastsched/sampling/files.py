@@ -9,7 +9,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,12 @@ def check_version(name: str, version: object, newest: int) -> int:
     if version > newest:
         raise ValueError(f"{name} has version {version}, and the newest known here is {newest}; update fastsched")
     return version
+
+
+def unknown_entries(names: Iterable[str]) -> str:
+    """What a file holds whose entries of these ``names`` are not known; those of newer versions are not guessed at."""
+    shown = ", ".join(sorted(names))
+    return f"holds entries that are not known: {shown:.200} (if a newer fastsched wrote them, update fastsched)"
 
 
 def check_readable(path: Name, what: str) -> str:

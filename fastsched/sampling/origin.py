@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastsched.denoisers.edm import WrappedEdmNetwork, core_of
 from fastsched.denoisers.network_modules import modules_of
+from fastsched.sampling.files import unknown_entries
 
 #: Largest number of characters in a text entry.
 LONGEST = 200
@@ -63,8 +64,10 @@ class Origin:
     def from_dict(cls, entries: Any) -> Origin:
         """The origin with the entries of a file; ValueError if one is unknown or has the wrong type."""
         kinds = {field.name: str(field.type).split(" ")[0] for field in fields(cls)}
-        if not isinstance(entries, Mapping) or not set(entries) <= set(kinds):
-            raise ValueError(f"origin must hold only {', '.join(kinds)}, got {entries!r:.80}")
+        if not isinstance(entries, Mapping):
+            raise ValueError(f"origin must hold some of {', '.join(kinds)}, got {entries!r:.80}")
+        if unknown := set(entries) - set(kinds):
+            raise ValueError(f"origin {unknown_entries(map(str, unknown))}")
         for key, value in entries.items():
             if not _is_a(value, kinds[key]):
                 raise ValueError(f"origin: {key} must be {_KINDS[kinds[key]]}, got {value!r:.80}")

@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from fastsched.sampling.files import check_readable, check_version, checksum, json_object, kind_of, named, write_whole
+from fastsched.sampling.files import (
+    check_readable,
+    check_version,
+    checksum,
+    json_object,
+    kind_of,
+    named,
+    unknown_entries,
+    write_whole,
+)
 from fastsched.sampling.origin import Origin
 
 FORMAT = "fastsched.schedule"
@@ -61,9 +70,8 @@ def read_entries(path: str | os.PathLike[str]) -> dict[str, Any]:
     check_version(name, entries.get("version"), VERSION)
     for missing in (key for key in REQUIRED if key not in entries):
         raise ValueError(f"{name} lacks the entry {missing!r}")
-    unknown = sorted(set(entries) - set(REQUIRED) - set(OPTIONAL))
-    if unknown:
-        raise ValueError(f"{name} holds entries that are not known: {', '.join(unknown)[:200]}")
+    if unknown := set(entries) - set(REQUIRED) - set(OPTIONAL):
+        raise ValueError(f"{name} {unknown_entries(unknown)}")
     if "sha256" in entries and entries["sha256"] != _checksum(entries):
         raise ValueError(
             f"{name} was changed or damaged after it was saved; save the schedule again, or remove its entry sha256 if "

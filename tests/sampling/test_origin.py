@@ -135,6 +135,14 @@ def test_old_files_have_no_origin(stats, tmp_path):
         fs.Schedule.load(tmp_path / "wrong.json")
 
 
+def test_entries_of_a_newer_version_are_named(tmp_path):
+    new = {"format": "fastsched.schedule", "version": 1, "solver": "ddim", "noise": "ve", "sigmas": [1.0, 0.5, 0.0]}
+    for what in ({"seed_of_tomorrow": 1}, {"origin": {"model": "x" * 90, "seed_of_tomorrow": 1}}):
+        (tmp_path / "new.json").write_text(json.dumps(new | what))
+        with pytest.raises(ValueError, match=r"not known: seed_of_tomorrow \(if a newer fastsched wrote them, update"):
+            fs.Schedule.load(tmp_path / "new.json")
+
+
 def test_schedules_are_equal_if_a_sampler_does_the_same(stats):
     one = fs.optimal_schedule(stats, 4, "fitted")
     again = fs.optimal_schedule(stats, 4, "fitted")
