@@ -46,18 +46,18 @@ def statistics(key: str | None) -> PathStatistics | None:
     return _loaded(PathStatistics, key, ".safetensors")
 
 
-def keep_schedule(key: str | None, found: Schedule) -> None:
-    """Keep ``found``; a full disk or a missing folder is no error."""
-    _save(found, key, ".json")
+def keep_schedule(key: str | None, found: Schedule) -> Exception | None:
+    """Keep ``found``; returns what was wrong if it cannot be written, as on a full disk."""
+    return _save(found, key, ".json")
 
 
-def keep_statistics(key: str | None, found: PathStatistics) -> None:
+def keep_statistics(key: str | None, found: PathStatistics) -> Exception | None:
     """Keep ``found``, as `keep_schedule` does; the last one is held in memory too."""
     if key is not None:
         large = [each for each in (found.increments, found.responses) if each is not None]
         fits = sum(each.nbytes for each in large) <= MOST_BYTES
         _last[:] = [(key, found if fits else replace(found, increments=None, responses=None))]
-    _save(found, key, ".safetensors")
+    return _save(found, key, ".safetensors")
 
 
 def _loaded(kind: type[Kept], key: str | None, ending: str) -> Kept | None:
@@ -67,13 +67,18 @@ def _loaded(kind: type[Kept], key: str | None, ending: str) -> Kept | None:
     return None
 
 
-def _save(found: Schedule | PathStatistics, key: str | None, ending: str) -> None:
+def _save(found: Schedule | PathStatistics, key: str | None, ending: str) -> Exception | None:
     path = _path(key, ending)
-    if path is not None:
-        with contextlib.suppress(OSError, ValueError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            found.save(path)
-            _prune(path.parent)
+    if path is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.save(path)
+    except (OSError, ValueError) as error:
+        return error
+    with contextlib.suppress(OSError):
+        _prune(path.parent)
+    return None
 
 
 def _path(key: str | None, ending: str) -> Path | None:

@@ -55,13 +55,14 @@ def fit(guider: Any, latent: dict[str, Any], settings: Settings) -> tuple[Found,
             raise
         saved = stats.model_calls if stats is not None and report.stats is stats else 0
         schedule, stats = report.schedule, report.stats
-        cache.keep_statistics(measured, stats)
-        cache.keep_schedule(chosen, schedule)
+        failed = cache.keep_statistics(measured, stats) or cache.keep_schedule(chosen, schedule)
         spent = f"{report.model_calls - saved:,} model calls"
         if saved:
             spent += " (measured before)"
         if measured is None:
             spent += " (this workflow's content cannot be compared, so nothing is remembered)"
+        if failed is not None:
+            spent += f" (warning: not remembered: {failed})"
     else:
         spent = "remembered, no model calls"
     found = Found(schedule, stats)

@@ -116,3 +116,10 @@ def test_only_the_cache_s_own_files_are_removed(package, comfy, given, monkeypat
         fit(package, given(steps=steps))
     assert len(list(home.iterdir())) == 3
     assert (home / "mine.json").exists()
+
+
+def test_a_fit_that_cannot_be_kept_says_so(package, comfy, given):
+    (comfy.home / "user" / "fastsched").write_text("in the way")
+    text = fit(package, given())[2]
+    assert "model calls (warning: not remembered: " in text
+    assert "fastsched" in text.split("not remembered")[1]
