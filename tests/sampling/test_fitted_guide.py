@@ -1,5 +1,6 @@
 """The code of the guide to the fitted solver runs, and gives the samples of `fs.sample`."""
 
+import dataclasses
 import json
 import math
 import re
@@ -11,6 +12,7 @@ import torch
 
 import fastsched as fs
 from fastsched.sampling.k_diffusion import sample_fitted
+from fastsched.sampling.origin import Origin
 
 GUIDE = Path(__file__).parents[2] / "docs" / "fitted.md"
 WEIGHTS = [[1.0, 0.0, 0.0], [-0.5, 1.5, 0.0], [0.25, -0.5, 1.25]]
@@ -104,6 +106,8 @@ def test_the_first_block_runs_and_the_file_holds_what_the_guide_says(tmp_path, m
     )
     assert named >= set(entries)
     assert (entries["version"], entries["solver"]) == (2, "fitted")
+    (row,) = (line for line in table.splitlines() if line.startswith("| `origin`"))
+    assert re.findall(r"`(\w+)`", row)[1:] == [field.name for field in dataclasses.fields(Origin)]
 
 
 def test_the_block_for_diffusers_runs():
