@@ -18,6 +18,7 @@ from fastsched import metrics, validate
 from fastsched.denoisers.denoiser import Denoiser, placement
 from fastsched.denoisers.network_state import check_evaluation_mode
 from fastsched.measurement.batches import attach_finished
+from fastsched.measurement.checks.watched_networks import watched_network
 from fastsched.measurement.converged_samples import (
     REFERENCE_SOLVER,
     REFERENCE_STEPS,
@@ -29,7 +30,6 @@ from fastsched.measurement.converged_samples import (
     shared_noise,
 )
 from fastsched.measurement.fingerprints import same_network
-from fastsched.measurement.watched_networks import watched_network
 from fastsched.sampling.display import aligned
 from fastsched.sampling.files import write_whole
 from fastsched.sampling.progress import Progress, progress_bar

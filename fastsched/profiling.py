@@ -23,11 +23,11 @@ from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.network_modules import modules_of
 from fastsched.fitting.budget import TOTAL, measuring_calls
 from fastsched.measurement.batches import attach_finished
+from fastsched.measurement.checks.network import CHECK_CALLS
 from fastsched.measurement.converged_samples import level_count
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.measuring import measure
 from fastsched.measurement.memory import WORKING
-from fastsched.measurement.network_checks import CHECK_CALLS
 from fastsched.measurement.timeline import TimedRun, Timeline, device_of, synchronisations
 from fastsched.sampling.files import absolute_file, check_writable, write_whole
 from fastsched.sampling.origin import network_name
@@ -205,7 +205,7 @@ def profile(
     elif hasattr(model, "scheduler"):
         if shape is not None:
             raise ValueError("shape is for a Denoiser; a pipeline's latents follow from its height and width")
-        from fastsched.diffusers.pipeline_timing import PipelineRuns
+        from fastsched.diffusers.pipelines.timing import PipelineRuns
 
         runs = PipelineRuns(model, call_kwargs)
     else:

@@ -14,9 +14,9 @@ from diffusers import schedulers as library
 import fastsched as fs
 from fastsched.denoisers.noise import FlowMatching, VariancePreserving
 from fastsched.diffusers.applier import applied
-from fastsched.diffusers.conventions import describe, solver_of, visited
-from fastsched.diffusers.exporter import declared_sigmas, plain_copy
-from fastsched.diffusers.probe import oracle_network, scales, states_of, timestep_slack, trace
+from fastsched.diffusers.schedulers.conventions import describe, solver_of, visited
+from fastsched.diffusers.schedulers.exporter import declared_sigmas, plain_copy
+from fastsched.diffusers.schedulers.probe import oracle_network, scales, states_of, timestep_slack, trace
 from fastsched.sampling.solvers import SOLVERS
 
 PATH = pathlib.Path(__file__).parents[1] / "docs" / "schedulers.md"

@@ -121,7 +121,7 @@ class Source:
         arguments = call_arguments(self.call)
         check_parts(self.name)
         replacing = None if self.scheduler is None else scheduler_class(self.scheduler)
-        from fastsched.diffusers.pipeline_call import check_arguments
+        from fastsched.diffusers.pipelines.call import check_arguments
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the call repeats them; errors must come before the model loads
@@ -228,7 +228,7 @@ def scheduler_class(name: str) -> Any:
 
 def replaced(scheduler: Any, kind: Any) -> Any:
     """A scheduler of another class with the settings of ``scheduler``; ValueError if it is for another noise."""
-    from fastsched.diffusers.conventions import describe
+    from fastsched.diffusers.schedulers.conventions import describe
 
     other = kind.from_config(scheduler.config)
     before, after = (
@@ -293,7 +293,7 @@ def pipeline_call(name: str) -> tuple[str | None, list[str] | None]:
     kind, known = _named_class(index) if index.is_file() else (None, None)
     if known is None:
         return kind, None
-    from fastsched.diffusers.pipeline_call import call_parameters
+    from fastsched.diffusers.pipelines.call import call_parameters
 
     return kind, [*call_parameters(known)]
 
@@ -339,7 +339,7 @@ def call_arguments(options: list[str] | None) -> dict[str, Any]:
 
 def check_values(kind: type, arguments: dict[str, Any]) -> None:
     """ValueError if an argument of a call is a string but its default is a number, or can only be an object."""
-    from fastsched.diffusers.pipeline_call import call_parameters, call_signature
+    from fastsched.diffusers.pipelines.call import call_parameters, call_signature
 
     usual, signature = call_parameters(kind), call_signature(kind)
     for name, value in arguments.items():

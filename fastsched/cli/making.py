@@ -103,7 +103,7 @@ def _measured_pipeline(
     source: inputs.Source, samples: str | None, dry_run: bool, output: Path, **settings: Any
 ) -> PathStatistics:
     """Statistics of a pipeline, written to a file call by call."""
-    from fastsched.diffusers.pipeline_measurement import measured_pipeline
+    from fastsched.diffusers.pipelines.measurement import measured_pipeline
 
     count, output = inputs.sample_range(samples, PIPELINE_SAMPLES), output.absolute()  # the model may change the folder
     pipe, arguments = source.pipeline()
@@ -211,7 +211,7 @@ def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool
     given: Any  # arguments of a pipeline's call, or the shape of a denoiser's samples
     model, given = source.pipeline() if source.is_pipeline else source.denoiser()
     if source.is_pipeline:
-        from fastsched.diffusers.pipeline_fit import checked_fit
+        from fastsched.diffusers.pipelines.fit import checked_fit
 
         least, calls = spending.calibrating(model, source.prompts, given)
         if options["stats"] is None:

@@ -13,9 +13,9 @@ from torch import Tensor
 from fastsched.comparison import Comparison, row_of
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import attributes_set
-from fastsched.diffusers.conventions import describe, solver_of
-from fastsched.diffusers.exporter import warn_of_solver
-from fastsched.diffusers.pipeline_call import call, check_call
+from fastsched.diffusers.pipelines.call import call, check_call
+from fastsched.diffusers.schedulers.conventions import describe, solver_of
+from fastsched.diffusers.schedulers.exporter import warn_of_solver
 from fastsched.measurement.converged_samples import Reference, level_count
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import progress_bar

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def measuring_calls(model: Denoiser, levels: int | Tensor, samples: int, responses: bool) -> int:
     """The model calls of a denoiser's measurement and the checks of its network, counted per sample."""
     from fastsched.fitting import budget
+    from fastsched.measurement.checks.network import CHECK_CALLS
     from fastsched.measurement.measuring import measured_levels
-    from fastsched.measurement.network_checks import CHECK_CALLS
 
     paths = budget.measuring_calls(len(measured_levels(model, levels)), samples, responses=responses)
     return paths + CHECK_CALLS * (samples > 0)
@@ -32,8 +32,8 @@ def calibrating(
     pipe: Any, prompts: list[str] | None, arguments: dict[str, Any]
 ) -> tuple[int, Callable[[Any, Any], int]]:
     """The least number of samples of a pipeline's measurement, and its model calls for given levels and samples."""
-    from fastsched.diffusers.pipeline_measurement import calibration_calls
-    from fastsched.diffusers.prompt_calls import PromptCalls
+    from fastsched.diffusers.pipelines.measurement import calibration_calls
+    from fastsched.diffusers.pipelines.prompt_calls import PromptCalls
 
     least = PromptCalls.of(pipe, prompts, arguments, None).minimum_samples  # one for each prompt and image
     return least, partial(calibration_calls, least=least)
@@ -48,7 +48,7 @@ def denoiser_fit_calls(model: Denoiser, steps: int, options: dict[str, Any]) -> 
     from fastsched.fitting import budget
     from fastsched.fitting.denoiser_fit import prepared_fit
     from fastsched.fitting.loop import MODEL_CALLS, affordable
-    from fastsched.measurement.network_checks import CHECK_CALLS
+    from fastsched.measurement.checks.network import CHECK_CALLS
     from fastsched.sampling.fitted import chosen_solver
 
     stats, given, solver = options["stats"], options["model_calls"], chosen_solver(options["solver"])

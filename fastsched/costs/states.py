@@ -24,7 +24,7 @@ from fastsched.denoisers.network_state import (
 )
 from fastsched.denoisers.noise import check_near
 from fastsched.measurement.batches import is_out_of_memory
-from fastsched.measurement.watched_networks import watched_network
+from fastsched.measurement.checks.watched_networks import watched_network
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.random_streams import noise_of, normal, sample_seeds, stream
 from fastsched.sampling.sampler import integration, nodes_of

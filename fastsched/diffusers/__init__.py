@@ -10,10 +10,10 @@ except ImportError as error:
 
 from fastsched.diffusers.applier import apply
 from fastsched.diffusers.calibration import CalibrationScheduler
-from fastsched.diffusers.exporter import Export, export
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
-from fastsched.diffusers.pipeline_fit import fit
-from fastsched.diffusers.pipeline_measurement import measure
+from fastsched.diffusers.pipelines.fit import fit
+from fastsched.diffusers.pipelines.measurement import measure
+from fastsched.diffusers.schedulers.exporter import Export, export
 from fastsched.diffusers.serving import serving_parameters
 
 __all__ = [

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.diffusers.conventions import (
+from fastsched.diffusers.fitted_scheduler import BELOW_START, FittedScheduler
+from fastsched.diffusers.schedulers.conventions import (
     Convention,
     check_pipe,
     class_and_settings,
@@ -18,7 +19,7 @@ from fastsched.diffusers.conventions import (
     holders_of,
     own_scheduler,
 )
-from fastsched.diffusers.exporter import (
+from fastsched.diffusers.schedulers.exporter import (
     Export,
     StepsOtherwise,
     check_range,
@@ -28,9 +29,8 @@ from fastsched.diffusers.exporter import (
     told_timesteps,
     warn_of_solver,
 )
-from fastsched.diffusers.fitted_scheduler import BELOW_START, FittedScheduler
-from fastsched.diffusers.given_lists import warn_of_list
-from fastsched.diffusers.overrides import (
+from fastsched.diffusers.schedulers.given_lists import warn_of_list
+from fastsched.diffusers.schedulers.overrides import (
     Override,
     SaveConfig,
     ScaleModelInput,
@@ -40,8 +40,8 @@ from fastsched.diffusers.overrides import (
     start_by_strength,
     warn_of_lost_methods,
 )
-from fastsched.diffusers.replacement import replacement
-from fastsched.diffusers.setters import WAYS, inner_twice
+from fastsched.diffusers.schedulers.replacement import replacement
+from fastsched.diffusers.schedulers.setters import WAYS, inner_twice
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.stock_weights import as_fitted
 from fastsched.selection.starts import even_schedule

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from fastsched.denoisers.deferred_checks import DeferredChecks
 from fastsched.diffusers.attributes import copied_with
-from fastsched.diffusers.consistency import Consistency
-from fastsched.diffusers.conventions import class_and_settings, class_of, describe, own_scheduler
-from fastsched.diffusers.exporter import told_timesteps
-from fastsched.diffusers.first_latents import check_first_latents, check_neighbours, check_noise_predicted
-from fastsched.diffusers.function_checks import check_function
-from fastsched.diffusers.overrides import ArgumentsOf, Timesteps, without_equal_sigmas
-from fastsched.diffusers.step_checks import (
+from fastsched.diffusers.schedulers.conventions import class_and_settings, class_of, describe, own_scheduler
+from fastsched.diffusers.schedulers.exporter import told_timesteps
+from fastsched.diffusers.schedulers.overrides import ArgumentsOf, Timesteps, without_equal_sigmas
+from fastsched.diffusers.schedulers.step_outputs import StepOutput
+from fastsched.diffusers.watching.consistency import Consistency
+from fastsched.diffusers.watching.first_latents import check_first_latents, check_neighbours, check_noise_predicted
+from fastsched.diffusers.watching.function_checks import check_function
+from fastsched.diffusers.watching.step_checks import (
     UNALIKE,
     check_copies,
     check_first_output,
@@ -43,9 +44,15 @@ from fastsched.diffusers.step_checks import (
     repeated_queries,
     warn_of_clipping,
 )
-from fastsched.diffusers.step_counts import check_steps, levels_of
-from fastsched.diffusers.step_outputs import StepOutput
-from fastsched.diffusers.watching import PipelineWatch, SeenStep, check_replaced, overwritten, replaced, warn_of_unseen
+from fastsched.diffusers.watching.step_counts import check_steps, levels_of
+from fastsched.diffusers.watching.watch import (
+    PipelineWatch,
+    SeenStep,
+    check_replaced,
+    overwritten,
+    replaced,
+    warn_of_unseen,
+)
 from fastsched.measurement.deviated_paths import deviated_paths, queries
 from fastsched.measurement.measuring import measured_levels
 from fastsched.measurement.memory import check_room, with_store

@@ -16,12 +16,18 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.deferred_checks import sent
 from fastsched.denoisers.noise import NoiseProcess
-from fastsched.diffusers.conventions import Convention, class_and_settings, describe, own_scheduler
-from fastsched.diffusers.exporter import check_range, denoised_levels, plain_copy, told_levels, told_timesteps
-from fastsched.diffusers.given_lists import warn_of_list
-from fastsched.diffusers.overrides import Timesteps
-from fastsched.diffusers.step_checks import check_options, check_scaled, noise_alone
-from fastsched.diffusers.step_outputs import StepOutput, gives_denoised
+from fastsched.diffusers.schedulers.conventions import Convention, class_and_settings, describe, own_scheduler
+from fastsched.diffusers.schedulers.exporter import (
+    check_range,
+    denoised_levels,
+    plain_copy,
+    told_levels,
+    told_timesteps,
+)
+from fastsched.diffusers.schedulers.given_lists import warn_of_list
+from fastsched.diffusers.schedulers.overrides import Timesteps
+from fastsched.diffusers.schedulers.step_outputs import StepOutput, gives_denoised
+from fastsched.diffusers.watching.step_checks import check_options, check_scaled, noise_alone
 from fastsched.ops.eager import without_autocast
 from fastsched.sampling.schedule import Schedule
 

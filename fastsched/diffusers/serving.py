@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastsched import validate
-from fastsched.diffusers.exporter import export
+from fastsched.diffusers.schedulers.exporter import export
 from fastsched.sampling.schedule import Schedule
 
 #: Engines that give a request's list of noise levels to the checkpoint's scheduler.

@@ -36,8 +36,8 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.level_grids import MOST_LEVELS
+from fastsched.measurement.checks.network import CHECK_CALLS
 from fastsched.measurement.deviated_paths import deviated_paths, query_count
-from fastsched.measurement.network_checks import CHECK_CALLS
 from fastsched.sampling.solvers import FITTED
 
 #: Default number of model calls of a fit, the measurement included.

@@ -22,9 +22,9 @@ from fastsched.fitting.loop import MODEL_CALLS, FitReport, affordable, check_lev
 from fastsched.fitting.rollouts import Run, Runner
 from fastsched.fitting.run_log import RunLog, identity
 from fastsched.measurement.batches import Batches, attach_finished, finished_part
+from fastsched.measurement.checks.network import CHECK_CALLS
 from fastsched.measurement.devices import check_together, measured_in_group, prepare_together, rank_and_size
 from fastsched.measurement.measuring import check_same_network, check_same_process, prepared, with_increments
-from fastsched.measurement.network_checks import CHECK_CALLS
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import absolute_file, check_writable, runs_beside

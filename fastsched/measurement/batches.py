@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.network_state import unchanged_buffers, warned_of_randomness
-from fastsched.measurement.check_calls import CheckCalls
+from fastsched.measurement.checks.calls import CheckCalls
+from fastsched.measurement.checks.increments import ELEMENTS, check_increments
+from fastsched.measurement.checks.network import check_network, fingerprint
+from fastsched.measurement.checks.path import path_checked
 from fastsched.measurement.fingerprints import same_network
-from fastsched.measurement.increment_checks import ELEMENTS, check_increments
 from fastsched.measurement.memory import need, out_of_memory_message, paths_at_once, with_store
-from fastsched.measurement.network_checks import check_network, fingerprint
-from fastsched.measurement.path_checks import path_checked
 from fastsched.measurement.path_following import Measurement, measurement_steps
 from fastsched.measurement.statistics import PathStatistics, merged, with_vectors
 from fastsched.measurement.statistics_checks import VECTORS
@@ -42,7 +42,7 @@ class Batches:
     size: int  #: paths followed at once, at most
     #: Whether the caller chose ``size``; if not, fewer paths are followed at once where memory is short.
     chosen: bool = False
-    checks: bool = True  #: whether to check the network by a few calls first (`measurement.network_checks`)
+    checks: bool = True  #: whether to check the network by a few calls first (`measurement.checks.network`)
     file: str | os.PathLike[str] | None = None  #: where every finished batch is saved; None keeps them only in memory
     progress: Progress = True  #: as in `fastsched.measure`
     #: As in `fastsched.measurement.memory.need`, if the paths are one process's share of a group's.
@@ -110,7 +110,7 @@ def _batch_by_batch(
     run: Measurement, batches: Batches, found: PathStatistics | None, seeds: Tensor, advance: Callable[[int], object]
 ) -> Iterator[PathStatistics]:
     """After each batch of ``seeds``, yield the statistics of all paths so far, ``found`` included."""
-    network_id, ask = _identified(run, batches, found, seeds)
+    network_id, calls = _identified(run, batches, found, seeds)
     known = found is not None and found.fingerprint is not None
     origin = origin_now(network_name(run.denoiser.network), network_id, dtype=str(run.dtype))
     whole, kept = _with_room(run, batches, found, len(seeds))  # after the first checks, which take memory too
@@ -119,17 +119,17 @@ def _batch_by_batch(
         done = 0 if whole is None else whole.samples
         out = None if kept is None else kept[done : done + len(part_seeds)]
         steps = measurement_steps(run, part_seeds, batches.shape, advance, out)
-        if ask is not None and n == 0:
-            part = run.drive(path_checked(steps, ask, run.s))
-            check_increments(ask, part)
+        if calls is not None and n == 0:
+            part = run.drive(path_checked(steps, calls, run.s))
+            check_increments(calls, part)
         else:
             part = run.drive(steps)
-        spent = 0 if ask is None else _spent(ask, known, n == len(parts) - 1)
+        spent = 0 if calls is None else _spent(calls, known, n == len(parts) - 1)
         part = replace(part, fingerprint=network_id, model_calls=part.model_calls + spent, origin=origin)
         whole = part if whole is None else merged(whole, part)
         yield whole
-    if whole is not None and ask is not None and not ask.constant:
-        _warn_of_no_data(whole, ask.range[0])
+    if whole is not None and calls is not None and not calls.constant:
+        _warn_of_no_data(whole, calls.range[0])
 
 
 def attach_finished(error: BaseException, finished: object) -> None:
@@ -239,12 +239,12 @@ def _identified(
 
     ValueError if the network is another one than that of ``found``.
     """
-    network_id, ask = None, None
+    network_id, calls = None, None
     where = (run.denoiser, batches.shape, run.device, run.dtype)
     if batches.checks and len(seeds):
         batch = min(batches.size, len(seeds))
-        ask = check_network(*where, run.s, int(seeds[batch - 1]), batch)
-        network_id = ask.fingerprint
+        calls = check_network(*where, run.s, int(seeds[batch - 1]), batch)
+        network_id = calls.fingerprint
     elif batches.identified or (found is not None and found.fingerprint is not None):
         network_id = fingerprint(*where)  # not counted, so that as many calls are left for a fit's runs
     elif batches.file is not None:  # for the next call, which resumes from it
@@ -258,20 +258,20 @@ def _identified(
         )
     if found is not None and found.fingerprint is not None:
         network_id = found.fingerprint  # in 16 bits, that of another device may differ by more than `merge` allows
-    return network_id, ask
+    return network_id, calls
 
 
-def _spent(ask: CheckCalls, known: bool, last: bool) -> int:
+def _spent(calls: CheckCalls, known: bool, last: bool) -> int:
     """Calls that the checks spent since the previous batch, including the last check, which is made if ``last``.
 
     If the network is ``known``, an earlier measurement has counted the first checks already: a resumed fit must have as
     many calls left for its runs as one that was not interrupted.
     """
     if known:
-        ask.model_calls = 0
+        calls.model_calls = 0
     if last:
-        ask.check_last()
-    spent, ask.model_calls = ask.model_calls, 0
+        calls.check_last()
+    spent, calls.model_calls = calls.model_calls, 0
     return spent
 
 

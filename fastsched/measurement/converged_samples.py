@@ -14,7 +14,7 @@ from fastsched.denoisers.denoiser import Denoiser, placement
 from fastsched.denoisers.network_state import check_evaluation_mode
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.measurement.batches import attach_finished
-from fastsched.measurement.watched_networks import watched_network
+from fastsched.measurement.checks.watched_networks import watched_network
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
 from fastsched.sampling.sampler import sample

@@ -16,10 +16,10 @@ from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
 from fastsched.denoisers.network_state import check_evaluation_mode, unchanged_buffers
 from fastsched.denoisers.noise import NoiseProcess, check_near
 from fastsched.measurement.batches import Batches, interrupted_measurement, resumed
+from fastsched.measurement.checks.network import fingerprint
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import check_together, measured_in_group, prepare_together
 from fastsched.measurement.fingerprints import same_network
-from fastsched.measurement.network_checks import fingerprint
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.progress import Progress
@@ -76,7 +76,7 @@ def measure(
         store: Where ``2 N - 3`` of these are: ``"cpu"``, ``"device"``, or on the device if half of it is enough (None).
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None. States stay float32.
-        checks: Whether to check first that the network is a denoiser (`fastsched.measurement.network_checks`).
+        checks: Whether to check first that the network is a denoiser (`fastsched.measurement.checks.network`).
         checkpoint: A file in which every finished batch is saved. The same call resumes from it, to the same bits.
         group: A ``torch.distributed`` group to distribute the paths over (`fastsched.measurement.devices`).
         progress: Show a progress bar, or a function called with the model calls done and their total.

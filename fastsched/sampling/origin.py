@@ -36,7 +36,7 @@ class Origin:
     Attributes:
         model: The name of the network's class or function; for a pipeline, the folder or repository it was loaded from.
         fingerprint: 12 hexadecimal digits of a hash of the network's output for a fixed input, which may differ between
-            devices. For a pipeline, the hash is of its call and weights (`diffusers.call_identity`).
+            devices. For a pipeline, the hash is of its call and weights (`diffusers.pipelines.call_identity`).
         pipeline: The class of the pipeline.
         guidance: The pipeline's ``guidance_scale``, if the call set it.
         prompts: How many prompts were used.

@@ -19,10 +19,10 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 import diffusers
 from applied_schedules import SCHEDULERS, SD, STEPS, Pipe, applied_to, uneven
 
-from fastsched.diffusers.conventions import describe
-from fastsched.diffusers.exporter import plain_copy
-from fastsched.diffusers.overrides import Timesteps
-from fastsched.diffusers.probe import oracle_network, scales, states_of
+from fastsched.diffusers.schedulers.conventions import describe
+from fastsched.diffusers.schedulers.exporter import plain_copy
+from fastsched.diffusers.schedulers.overrides import Timesteps
+from fastsched.diffusers.schedulers.probe import oracle_network, scales, states_of
 from fastsched.sampling.origin import Origin
 
 

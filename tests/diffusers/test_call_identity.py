@@ -14,7 +14,7 @@ import numpy as np
 import pipelines
 
 from fastsched.diffusers.attributes import in_one_thread
-from fastsched.diffusers.call_identity import call_identity
+from fastsched.diffusers.pipelines.call_identity import call_identity
 
 OPTIONS = {"levels": 8, "samples": 2, "keep_increments": True, "progress": False}
 

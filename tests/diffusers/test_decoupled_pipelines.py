@@ -19,9 +19,9 @@ from pipelines import oracle_pipeline
 from scheduler_table import exact_denoise, uneven_schedule
 
 from fastsched.denoisers.noise import FlowMatching, VariancePreserving
-from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
-from fastsched.diffusers.probe import oracle_network, scales, states_of
+from fastsched.diffusers.schedulers.conventions import describe
+from fastsched.diffusers.schedulers.probe import oracle_network, scales, states_of
 from fastsched.fitting.rollouts import distances
 from fastsched.metrics import power_mean
 from fastsched.sampling.random_streams import noise_of as noise_of_paths

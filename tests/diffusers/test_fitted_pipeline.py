@@ -7,8 +7,8 @@ import torch
 from models import mixture
 
 import fastsched as fs
-from fastsched.diffusers.pipeline_runner import PipelineRunner
-from fastsched.diffusers.prompt_calls import PromptCalls
+from fastsched.diffusers.pipelines.prompt_calls import PromptCalls
+from fastsched.diffusers.pipelines.runner import PipelineRunner
 
 SCHEDULERS = {
     "epsilon": lambda: diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),

@@ -16,9 +16,9 @@ import pipelines
 from diffusers import EulerDiscreteScheduler
 from scheduler_table import exact_denoise, exact_denoiser, uneven_schedule
 
-from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
-from fastsched.diffusers.probe import oracle_network, states_of
+from fastsched.diffusers.schedulers.conventions import describe
+from fastsched.diffusers.schedulers.probe import oracle_network, states_of
 from fastsched.sampling.k_diffusion import sample_fitted
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -13,9 +13,9 @@ import diffusers
 from diffusers import guiders
 from pipelines import SHAPE, OraclePipeline, OracleUNet, oracle_pipeline
 
-from fastsched.diffusers.consistency import Consistency
-from fastsched.diffusers.formula import Formula, products_of
-from fastsched.diffusers.watching import SeenStep
+from fastsched.diffusers.watching.consistency import Consistency
+from fastsched.diffusers.watching.formula import Formula, products_of
+from fastsched.diffusers.watching.watch import SeenStep
 
 MIXTURE = fs.oracles.GaussianMixture.random(8, 3, seed=0)
 

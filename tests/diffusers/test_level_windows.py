@@ -15,9 +15,9 @@ import diffusers
 from pipelines import SHAPE, OraclePipeline, OracleUNet
 from test_watching import STEP_NUMBER, euler, measured, mixture, quiet
 
-from fastsched.diffusers.consistency import Consistency
-from fastsched.diffusers.step_counts import calibration_steps
-from fastsched.diffusers.watching import SeenStep
+from fastsched.diffusers.watching.consistency import Consistency
+from fastsched.diffusers.watching.step_counts import calibration_steps
+from fastsched.diffusers.watching.watch import SeenStep
 from fastsched.measurement.deviated_paths import asked_levels, deviated_paths, queries
 
 

@@ -21,8 +21,8 @@ from diffusers import (
 )
 from PIL import Image
 
-from fastsched.diffusers.conventions import describe
-from fastsched.diffusers.exporter import plain_copy
+from fastsched.diffusers.schedulers.conventions import describe
+from fastsched.diffusers.schedulers.exporter import plain_copy
 
 
 def network_timesteps(pipe):

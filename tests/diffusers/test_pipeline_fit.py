@@ -17,10 +17,11 @@ import diffusers
 import pipelines
 from pipelines import oracle_pipeline
 
-from fastsched.diffusers import pipeline_fit, pipeline_runner
-from fastsched.diffusers.pipeline_fit import candidates, own_sigmas
-from fastsched.diffusers.pipeline_runner import PipelineRunner
-from fastsched.diffusers.prompt_calls import PromptCalls
+from fastsched.diffusers.pipelines import fit as pipeline_fit
+from fastsched.diffusers.pipelines import runner as pipeline_runner
+from fastsched.diffusers.pipelines.fit import candidates, own_sigmas
+from fastsched.diffusers.pipelines.prompt_calls import PromptCalls
+from fastsched.diffusers.pipelines.runner import PipelineRunner
 from fastsched.fitting.budget import TOTAL
 from fastsched.fitting.loop import CANDIDATES
 from fastsched.fitting.rollouts import distances

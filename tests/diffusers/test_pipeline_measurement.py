@@ -17,7 +17,7 @@ import pipelines
 from pipelines import SHAPE, oracle_pipeline
 from scheduler_table import exact_denoise
 
-from fastsched.diffusers.conventions import describe
+from fastsched.diffusers.schedulers.conventions import describe
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SVD = {"timestep_type": "continuous", "use_karras_sigmas": True, "sigma_min": 0.002, "sigma_max": 700.0}
@@ -73,7 +73,7 @@ def denoiser_of(scheduler, *networks_and_scales):
             return dataclasses.replace(convention, angle=False).levels(condition)
         return convention.levels(condition * convention.train_steps if process.kind == "flow" else condition)
 
-    from fastsched.diffusers.probe import oracle_network
+    from fastsched.diffusers.schedulers.probe import oracle_network
 
     parts = [(oracle_network(convention, exact_denoise(oracle)), scale) for oracle, scale in networks_and_scales]
 

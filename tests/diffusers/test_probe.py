@@ -11,8 +11,8 @@ import diffusers
 from pipelines import oracle_pipeline
 
 from fastsched.diffusers.applier import applied
-from fastsched.diffusers.conventions import describe
-from fastsched.diffusers.probe import Trace, amplified_rounding
+from fastsched.diffusers.schedulers.conventions import describe
+from fastsched.diffusers.schedulers.probe import Trace, amplified_rounding
 from fastsched.selection.starts import even_schedule
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

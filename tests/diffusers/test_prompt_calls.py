@@ -13,7 +13,7 @@ import diffusers
 import pipelines
 from pipelines import SHAPE, OracleUNet
 
-from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
+from fastsched.diffusers.pipelines.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.measurement import memory
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -14,7 +14,7 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 import diffusers
 import pipelines
 
-from fastsched.diffusers.pipeline_measurement import call
+from fastsched.diffusers.pipelines.measurement import call
 from fastsched.diffusers.random_numbers import ONE_CALL, random_numbers_kept
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 
 import diffusers
 
-from fastsched.diffusers.watching import PipelineWatch
+from fastsched.diffusers.watching.watch import PipelineWatch
 
 D = 65536
 STATE = 2 * D

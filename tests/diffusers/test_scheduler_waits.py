@@ -10,9 +10,9 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 
 import diffusers
 
-from fastsched.diffusers.overrides import Timesteps
-from fastsched.diffusers.start_from_noise import StartFromNoise
-from fastsched.diffusers.watching import PipelineWatch
+from fastsched.diffusers.pipelines.start_from_noise import StartFromNoise
+from fastsched.diffusers.schedulers.overrides import Timesteps
+from fastsched.diffusers.watching.watch import PipelineWatch
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULERS = [

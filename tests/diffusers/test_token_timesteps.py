@@ -15,7 +15,7 @@ import pipelines
 from pipelines import OraclePipeline, OracleUNet
 
 from fastsched.denoisers.deferred_checks import DeferredChecks
-from fastsched.diffusers.watching import check_times
+from fastsched.diffusers.watching.watch import check_times
 
 
 def conditioned_video():

@@ -16,7 +16,7 @@ import pipelines
 from pipelines import SHAPE, OraclePipeline, OracleUNet, oracle_pipeline
 
 from fastsched.denoisers.deferred_checks import DeferredChecks
-from fastsched.diffusers.first_latents import check_first_latents, check_neighbours
+from fastsched.diffusers.watching.first_latents import check_first_latents, check_neighbours
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEVELS = 24

@@ -7,7 +7,7 @@ from test_network_checks import DATA, KINDS
 
 import fastsched as fs
 from benchmarks.quality.models import MODELS
-from fastsched.measurement.increment_checks import FOURTH, ROUGH, WINDOW, _cosines
+from fastsched.measurement.checks.increments import FOURTH, ROUGH, WINDOW, _cosines
 
 
 def drawn(generator, like, s, below):

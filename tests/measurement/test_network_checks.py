@@ -11,7 +11,7 @@ from models import counted_denoiser, exact_denoisers, mixture, vp_table
 
 import fastsched as fs
 from benchmarks.quality.models import MODELS
-from fastsched.measurement.network_checks import check_network, suspects
+from fastsched.measurement.checks.network import check_network, suspects
 from fastsched.sampling.random_streams import noise_of
 
 #: Structured data, as real data are: near a few points of 16 dimensions.

@@ -10,8 +10,8 @@ import torch
 from models import exact_denoiser, exact_denoisers
 
 import fastsched as fs
-from fastsched.measurement.network_checks import check_network
-from fastsched.measurement.path_checks import _Path
+from fastsched.measurement.checks.network import check_network
+from fastsched.measurement.checks.path import _Path
 
 SIGNED = ("v", "edm")
 

@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 
 import fastsched as fs
 from fastsched.denoisers.noise import VarianceExploding, VariancePreserving
-from fastsched.measurement.table_checks import check_table
+from fastsched.measurement.checks.tables import check_table
 
 FAMILIES = [
     {"beta_schedule": "linear"},

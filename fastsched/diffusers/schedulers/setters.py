@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsched.diffusers.conventions import class_names, describe, visited
-from fastsched.diffusers.exporter import NEGLIGIBLE, Setter, given_arguments, told_levels
-from fastsched.diffusers.overrides import HISTORIES, FirstOrderEnd, StrideStep
+from fastsched.diffusers.schedulers.conventions import class_names, describe, visited
+from fastsched.diffusers.schedulers.exporter import NEGLIGIBLE, Setter, given_arguments, told_levels
+from fastsched.diffusers.schedulers.overrides import HISTORIES, FirstOrderEnd, StrideStep
 from fastsched.sampling.schedule import Schedule
 
 #: Classes whose step goes to ``t - train_steps // num_inference_steps`` and reads that number at every step.

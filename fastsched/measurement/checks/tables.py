@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
-from fastsched.measurement.check_calls import ANYWAY
+from fastsched.measurement.checks.calls import ANYWAY
 
 #: Largest deviation from a straight line, over its range, of a table that belongs to a family: rounding to float32.
 STRAIGHT = 1e-4

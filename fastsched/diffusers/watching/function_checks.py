@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsched.diffusers.step_checks import UNMEASURABLE
+from fastsched.diffusers.watching.step_checks import UNMEASURABLE
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.statistics import PathStatistics
 

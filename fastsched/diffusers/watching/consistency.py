@@ -24,10 +24,10 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.deferred_checks import DeferredChecks
-from fastsched.diffusers.formula import NOT_LINEAR, Formula
-from fastsched.diffusers.network_facts import progresses
-from fastsched.diffusers.step_checks import UNALIKE
-from fastsched.diffusers.watching import SeenStep, is_number, observed
+from fastsched.diffusers.watching.formula import NOT_LINEAR, Formula
+from fastsched.diffusers.watching.network_facts import progresses
+from fastsched.diffusers.watching.step_checks import UNALIKE
+from fastsched.diffusers.watching.watch import SeenStep, is_number, observed
 from fastsched.measurement.deviated_paths import asked_levels
 
 #: A step that runs less than this fraction of the layers that another step runs is taken to reuse earlier results.

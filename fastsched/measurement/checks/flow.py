@@ -15,8 +15,8 @@ import math
 
 from torch import Tensor
 
-from fastsched.measurement.check_calls import CheckCalls
-from fastsched.measurement.network_checks import FEWEST_ELEMENTS
+from fastsched.measurement.checks.calls import CheckCalls
+from fastsched.measurement.checks.network import FEWEST_ELEMENTS
 
 #: Largest deviation of the data of a flow model, whose noise has 1. If time runs the other way, data of deviation ``c``
 #: seem to have about ``1/c``, and more if some of their directions are narrower: modes in 16 to 256 dimensions, with
@@ -35,20 +35,20 @@ NOTHING = 0.2
 NEAR_SAMPLE = 0.05
 
 
-def flow_faults(ask: CheckCalls, s: float, deviation: float, products: Tensor) -> tuple[list[str], bool]:
+def flow_faults(calls: CheckCalls, s: float, deviation: float, products: Tensor) -> tuple[list[str], bool]:
     """Messages about the data and the outputs, and whether the outputs are surely wrong.
 
     Args:
-        ask: The calls before the measurement.
+        calls: The calls before the measurement.
         s: The lowest level.
         deviation: The standard deviation of the data, as the paths show it.
         products: ``<x, x>``, ``<x, R>`` and ``<R, R>`` of the paths at the lowest level, [3, B].
     """
-    found, elements = [], math.prod(ask.shape)
+    found, elements = [], math.prod(calls.shape)
     if elements >= FEWEST_ELEMENTS and deviation > WIDEST_FLOW:
         found.append(f"the network's data have a deviation of {deviation:.3g}, and those of flow models about 1")
     xx, xr, rr = (products.mean(1) / elements).tolist()
-    xr *= -math.copysign(1.0, ask.coefficients(s)[1])  # some networks answer x0 - n
+    xr *= -math.copysign(1.0, calls.coefficients(s)[1])  # some networks answer x0 - n
     t = s / (1 + s)
     noise = xx + 2 * (1 - t) * xr + (1 - t) ** 2 * rr
     part, chance = (t - xr) / xx, CHANCE * math.sqrt(max(noise, 0.0) / (xx * elements * products.shape[1]))
@@ -58,4 +58,4 @@ def flow_faults(ask: CheckCalls, s: float, deviation: float, products: Tensor) -
             f"at the lowest level the network's output holds {part:.2g} times the sample, and a velocity 1 times, "
             "as if the network did predict the noise"
         )
-    return found, wrong and float(ask.top.denoised[1].square().mean().sqrt()) < NOTHING
+    return found, wrong and float(calls.top.denoised[1].square().mean().sqrt()) < NOTHING

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from fastsched.diffusers.network_facts import hooks_of
-from fastsched.diffusers.watching import networks_of
+from fastsched.diffusers.watching.network_facts import hooks_of
+from fastsched.diffusers.watching.watch import networks_of
 
 #: Attributes that diffusers, cache-dit and TeaCache set on a network or pipeline, and how to disable each cache.
 CACHES = {

@@ -17,7 +17,7 @@
 For ``v`` and ``F`` the last property is checked in one direction. If the result or the path is unusual, it is checked
 in two more. The second property is checked if something is unusual, or if samples have few elements. At the highest
 level ``D`` is the mean of the data, whatever the noise (`_Path._noise_held`). Flow models have two more properties
-(`measurement.flow_checks`). The bounds were chosen on 60 networks, trained or in closed form, and on 800 wrong
+(`measurement.checks.flow`). The bounds were chosen on 60 networks, trained or in closed form, and on 800 wrong
 interpretations of them; those of the last property on 1,300 measurements of correct networks, 800 of guided ones, and
 3,900 of ``-F``, ``2 F`` and ``3 F``.
 """
@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.measurement.check_calls import ELSEWHERE, CheckCalls
-from fastsched.measurement.flow_checks import flow_faults
-from fastsched.measurement.network_checks import (
+from fastsched.measurement.checks.calls import ELSEWHERE, CheckCalls
+from fastsched.measurement.checks.flow import flow_faults
+from fastsched.measurement.checks.network import (
     FEWEST_ELEMENTS,
     FLOW_LIKE,
     SIGN_AMBIGUOUS,
@@ -108,7 +108,7 @@ WRONG, DOUBTFUL, ACROSS, AGAINST = (1.7, 2.2), (1.05, 1.35), (0.2, 0.7), (0.0, 0
 MOVES = "the denoised sample moves by {:.3g} of a step of the input, but a denoiser's"
 
 
-def path_checked(steps: Query[Result], ask: CheckCalls, s: Tensor) -> Query[Result]:
+def path_checked(steps: Query[Result], calls: CheckCalls, s: Tensor) -> Query[Result]:
     """Run ``steps``, a measurement at levels ``s``, and check the outputs: `CheckCalls.check_first`, then the path.
 
     Usually one additional call; up to five if something is unusual, and up to nine if samples have few elements. Two
@@ -120,10 +120,10 @@ def path_checked(steps: Query[Result], ask: CheckCalls, s: Tensor) -> Query[Resu
             or if far too much is left. Also if `CheckCalls.check_first` fails, or `CheckCalls.low_fault` is set and the
             path does not end in a sample. Other findings are warnings, as strong guidance causes them too.
     """
-    path = _Path(ask, s)
+    path = _Path(calls, s)
     question = next(steps)
     raw = yield question
-    ask.check_first(raw[-1])
+    calls.check_first(raw[-1])
     while (end := path.see(*question, raw)) is None:
         question = steps.send(raw)
         raw = yield question
@@ -135,8 +135,8 @@ def path_checked(steps: Query[Result], ask: CheckCalls, s: Tensor) -> Query[Resu
         try:
             question = steps.send(raw)
         except StopIteration as finished:
-            if equal and not ask.constant and bool(torch.stack(equal).all()):  # read now: one wait for the device
-                check_cache(ask)
+            if equal and not calls.constant and bool(torch.stack(equal).all()):  # read now: one wait for the device
+                check_cache(calls)
             return finished.value
         raw = yield question
         first = raw[:MOST_PATHS].flatten(1).to(question[0])
@@ -147,23 +147,23 @@ def path_checked(steps: Query[Result], ask: CheckCalls, s: Tensor) -> Query[Resu
 class _Path:
     """Inner products along the reference paths of a batch, and states of the first path that later checks need."""
 
-    def __init__(self, ask: CheckCalls, s: Tensor) -> None:
-        self.ask, self.s = ask, s
-        self.a, self.c = (each.tolist() for each in ask.denoiser.coefficients(s))
-        self.alpha = ask.denoiser.process.alpha(s)
-        self.centre = ask.top.denoised[1].float()  # of a noise that no path starts from
-        self.sign_ambiguous = ask.denoiser.prediction in SIGN_AMBIGUOUS
-        self.prior = ask.assumed_deviation or 1.0
+    def __init__(self, calls: CheckCalls, s: Tensor) -> None:
+        self.calls, self.s = calls, s
+        self.a, self.c = (each.tolist() for each in calls.denoiser.coefficients(s))
+        self.alpha = calls.denoiser.process.alpha(s)
+        self.centre = calls.top.denoised[1].float()  # of a noise that no path starts from
+        self.sign_ambiguous = calls.denoiser.prediction in SIGN_AMBIGUOUS
+        self.prior = calls.assumed_deviation or 1.0
         near = lambda level: int((s / level).log().abs().argmin())
         self.level, self.below = near(self.prior), near(BELOW * self.prior)
-        self.removed_at = {"edm": self.level, "v": self.below}.get(ask.denoiser.prediction, near(REMOVED_AT))
+        self.removed_at = {"edm": self.level, "v": self.below}.get(calls.denoiser.prediction, near(REMOVED_AT))
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # x and D of the first path
         self.products: list[Tensor] = []  # <x, x>, <x, R>, <R, R>, <m, x>, <m, R>, [5, B] per level
 
     @property
     def noise(self) -> Tensor:
         """The noise that is added to states, [*shape]; drawn again at each use, so that it takes no memory."""
-        return self.ask.noise(ELSEWHERE + 2)[0]
+        return self.calls.noise(ELSEWHERE + 2)[0]
 
     def see(self, x: Tensor, k: int, raw: Tensor) -> Tensor | None:
         """Record the output at state ``x`` and level k; after the last level, return the first path's end [*shape]."""
@@ -175,17 +175,17 @@ class _Path:
         kept = k in ((self.level, self.below) if self.sign_ambiguous else (self.removed_at,))
         if not last and not kept:
             return None
-        denoised = (self.a[k] * x[0] + self.c[k] * raw[0]).cpu().float().view(self.ask.shape)
+        denoised = (self.a[k] * x[0] + self.c[k] * raw[0]).cpu().float().view(self.calls.shape)
         if kept:  # a copy, because the measurement overwrites x
-            self._kept[k] = x[0].to("cpu", torch.float32, copy=True).view(self.ask.shape), denoised
+            self._kept[k] = x[0].to("cpu", torch.float32, copy=True).view(self.calls.shape), denoised
         return denoised if last else None
 
     def moved(self, k: int, step: Tensor) -> tuple[Tensor, float]:
         """``J n`` for a step n [*shape] from the state at level k, by a difference, and the slope along n; one call."""
         s = float(self.s[k])
         x, before = self._kept[k]
-        y = x / float(self.ask.denoiser.process.sigma(self.s[k])) + step
-        change = self.ask.raw(y[None], s, torch.float32)[1][0].sub_(before).div_(s)
+        y = x / float(self.calls.denoiser.process.sigma(self.s[k])) + step
+        change = self.calls.raw(y[None], s, torch.float32)[1][0].sub_(before).div_(s)
         return change, float((change * step).sum() / step.square().sum())
 
     def check_end(self, end: Tensor) -> None:
@@ -206,18 +206,18 @@ class _Path:
             if unequal is None and about_zero and 0 < of_zero[-1].mean() < sizes[-1]:  # D may lack its mean
                 unequal = _unequal_sizes(of_zero, self.s, end.numel())
             along_path = [unequal, self._noise_held(sizes / sizes[-1], spread / sizes[-1], deviation, paths)]
-            if self.ask.denoiser.prediction in FLOW_LIKE:
-                of_flow, wrong = flow_faults(self.ask, float(self.s[-1]), deviation, products[:3, -1])
+            if self.calls.denoiser.prediction in FLOW_LIKE:
+                of_flow, wrong = flow_faults(self.calls, float(self.s[-1]), deviation, products[:3, -1])
                 others += of_flow
         found = [each for each in (far, left, *along_path, *others) if each]
         if not found:
             return
+        found = [self.calls.middle_fault, *found] if self.calls.middle_fault is not None else found
         finding = (
-            f"{'; and '.join(filter(None, [self.ask.middle_fault, *found]))}. Does the network get time or noise level "
-            "in its own units, and is its table of levels the right one? Is it guided by more than its data allow? Or "
-            f"{suspects(self.ask.denoiser)}"
+            f"{'; and '.join(found)}. Does the network get time or noise level in its own units, and is its table of "
+            f"levels the right one? Is it guided by more than its data allow? Or {suspects(self.calls.denoiser)}"
         )
-        if wrong or self.ask.middle_fault is not None:  # that alone may be of a rough sample between modes
+        if wrong or self.calls.middle_fault is not None:  # that alone may be of a rough sample between modes
             raise ValueError(finding)
         validate.warn(finding)
 
@@ -228,7 +228,7 @@ class _Path:
         networks that are unusual so far.
         """
         few, small, ambiguous = len(self.s) < FEWEST_LEVELS, end.numel() < FEWEST_ELEMENTS, self.sign_ambiguous
-        against, unusual, slope, excess = self.ask.negative_slope, not few, None, 0.0
+        against, unusual, slope, excess = self.calls.negative_slope, not few, None, 0.0
         left = backwards = removed = outwards = None
         if ambiguous:  # other signs were checked before the path
             backwards, unusual, slope = self._backwards(against is not None or deviation > WIDE * self.prior)
@@ -239,7 +239,7 @@ class _Path:
             outwards = self._outwards()
         if unusual and not small:
             level = (LOW_PART_OF_SIGN if ambiguous else LOW_PART) * deviation
-            left, excess = _noise_left(self.ask, end, self.noise, level, few)
+            left, excess = _noise_left(self.calls, end, self.noise, level, few)
         wrong = bool(outwards and (against or excess > 1)) or (excess > FAR and not few)
         return [left, against, backwards, None if small else outwards, removed], ambiguous and wrong
 
@@ -260,7 +260,7 @@ class _Path:
 
         The mean slope of ``D`` along noise is the mean of ``v / (v + s^2)`` for Gaussian data of variances ``v``.
         """
-        top, fault = self.ask.top, self.ask.top_fault
+        top, fault = self.calls.top, self.calls.top_fault
         if fault is None:
             return
         most = TOP_SHARE[0] + TOP_SHARE[1] / math.sqrt(elements)
@@ -269,7 +269,7 @@ class _Path:
         validate.warn(
             f"at the highest level ({top.level:.3g}) the noise does not far exceed the data, whose deviation is "
             f"{deviation:.3g}, so samples that start from noise alone differ from the data. Is the range of levels, or "
-            f"the table, that of the training? Or {suspects(self.ask.denoiser)}"
+            f"the table, that of the training? Or {suspects(self.calls.denoiser)}"
         )
 
     def _far_from_data(self, end: Tensor, deviation: float) -> str | None:
@@ -281,17 +281,17 @@ class _Path:
         Raises:
             ValueError: If there is such a fault, and the path had enough levels to end in a sample.
         """
-        if self.ask.low_fault is None or (deviation > 0 and self._is_sample(end, deviation)):
+        if self.calls.low_fault is None or (deviation > 0 and self._is_sample(end, deviation)):
             return None
         if len(self.s) >= FEWEST_LEVELS:
-            raise ValueError(f"{self.ask.low_fault}: {suspects(self.ask.denoiser)}")
-        return self.ask.low_fault
+            raise ValueError(f"{self.calls.low_fault}: {suspects(self.calls.denoiser)}")
+        return self.calls.low_fault
 
     def _is_sample(self, end: Tensor, deviation: float) -> bool:
-        noise = self.ask.noise(*range(ELSEWHERE + 3, ELSEWHERE + 3 + NOISES // 2))
-        if moved_at_lowest(self.ask, end.double()[None], noise[:1].double(), float(self.s[-1])) is not None:
+        noise = self.calls.noise(*range(ELSEWHERE + 3, ELSEWHERE + 3 + NOISES // 2))
+        if moved_at_lowest(self.calls, end.double()[None], noise[:1].double(), float(self.s[-1])) is not None:
             return False
-        _, left, along = _left(self.ask, end, torch.cat([noise, -noise]), LOW_PART * deviation)
+        _, left, along = _left(self.calls, end, torch.cat([noise, -noise]), LOW_PART * deviation)
         return left <= WRONG[0] and along >= BACKWARDS
 
     def _backwards(self, unusual: bool) -> tuple[str | None, bool, float]:
@@ -324,7 +324,7 @@ class _Path:
             slope = self._slope(k)
         xx, xr, rr = squares[:, k].mean(1).tolist()
         s, c, weight = float(self.s[k]), self.c[k], 1 / float(self.alpha[k]) - self.a[k]  # z - D = weight x - c R
-        noise = float(squares[0, 0].mean()) / float(self.ask.denoiser.process.sigma(self.s[0])) ** 2
+        noise = float(squares[0, 0].mean()) / float(self.calls.denoiser.process.sigma(self.s[0])) ** 2
         removed = (weight**2 * xx - 2 * weight * c * xr + c**2 * rr) / (s**2 * noise)
         tolerance = REMOVED_TOLERANCE[0] * (removed + abs(1 - slope)) / 2
         tolerance += (REMOVED_TOLERANCE[1] + REMOVED_TOLERANCE[2] / math.sqrt(paths)) / math.sqrt(elements)
@@ -340,9 +340,9 @@ class _Path:
         """Slope of ``D`` along half the noise of level k; one call, with fewer vectors in memory than `moved`."""
         s = float(self.s[k])
         x, before = self._kept[k] if self.sign_ambiguous else self._kept.pop(k)
-        y = self.noise.div_(2).add_(x, alpha=1 / float(self.ask.denoiser.process.sigma(self.s[k])))
+        y = self.noise.div_(2).add_(x, alpha=1 / float(self.calls.denoiser.process.sigma(self.s[k])))
         del x
-        change = self.ask.raw(y[None], s, torch.float32)[1][0].sub_(before)
+        change = self.calls.raw(y[None], s, torch.float32)[1][0].sub_(before)
         noise = self.noise
         return 2 * float((change * noise).sum() / noise.square().sum()) / s
 
@@ -356,7 +356,7 @@ class _Path:
             paths: The number of paths.
         """
         k, elements = int(self.s.isinf().sum()), self.centre.numel()
-        if self.ask.denoiser.prediction in ("epsilon", "score") or elements * paths < FEWEST_IN_ALL:
+        if self.calls.denoiser.prediction in ("epsilon", "score") or elements * paths < FEWEST_IN_ALL:
             return None
         level = float(self.s[k]) / deviation
         held = (float(sizes[k]) - 1) / level
@@ -394,12 +394,12 @@ def _unequal_sizes(each: Tensor, s: Tensor, elements: int) -> str | None:
     )
 
 
-def _noise_left(ask: CheckCalls, end: Tensor, noise: Tensor, level: float, few: bool) -> tuple[str | None, float]:
+def _noise_left(calls: CheckCalls, end: Tensor, noise: Tensor, level: float, few: bool) -> tuple[str | None, float]:
     """A message if denoising a path's end with noise leaves too large an error, else None; and the error over `WRONG`.
 
     For a path of ``few`` levels it may be `FEW_LEVELS_FACTOR` times larger, in any direction. One call.
     """
-    s, left, along = _left(ask, end, noise[None], level)
+    s, left, along = _left(calls, end, noise[None], level)
     wrong, doubtful, across, against = (
         base + each / math.sqrt(end.numel()) for base, each in (WRONG, DOUBTFUL, ACROSS, AGAINST)
     )
@@ -413,10 +413,10 @@ def _noise_left(ask: CheckCalls, end: Tensor, noise: Tensor, level: float, few: 
     ), size / wrong
 
 
-def _left(ask: CheckCalls, end: Tensor, noise: Tensor, level: float) -> tuple[float, float, float]:
+def _left(calls: CheckCalls, end: Tensor, noise: Tensor, level: float) -> tuple[float, float, float]:
     """A known level, and there, over ``|s n|^2`` for ``noise`` n [B, *shape], ``|D - x0|^2`` and ``<s n, D - x0>``."""
-    s = ask.known(level)
-    error = ask.raw((end / s).add(noise), s, torch.float32)[1].sub_(end).div_(s).flatten()
+    s = calls.known(level)
+    error = calls.raw((end / s).add(noise), s, torch.float32)[1].sub_(end).div_(s).flatten()
     noise = noise.flatten()
     whole = float(noise @ noise)
     return s, float(error @ error) / whole, float(noise @ error) / whole

@@ -8,13 +8,13 @@ from typing import Any
 
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import attributes_set, known_calls
-from fastsched.diffusers.consistency import warn_of_other_call
-from fastsched.diffusers.pipeline_call import call
-from fastsched.diffusers.pipeline_measurement import with_fewer_prompts
-from fastsched.diffusers.prompt_calls import PromptCalls
+from fastsched.diffusers.pipelines.call import call
+from fastsched.diffusers.pipelines.measurement import with_fewer_prompts
+from fastsched.diffusers.pipelines.prompt_calls import PromptCalls
+from fastsched.diffusers.pipelines.start_from_noise import StartFromNoise
 from fastsched.diffusers.random_numbers import ONE_CALL
-from fastsched.diffusers.start_from_noise import StartFromNoise
-from fastsched.diffusers.watching import watched
+from fastsched.diffusers.watching.consistency import warn_of_other_call
+from fastsched.diffusers.watching.watch import watched
 from fastsched.fitting.rollouts import Rollout
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.random_streams import sample_number

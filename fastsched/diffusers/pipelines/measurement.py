@@ -15,17 +15,17 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.diffusers.applier import check_derived
 from fastsched.diffusers.attributes import attributes_set, in_one_thread, known_calls
-from fastsched.diffusers.caches import check_caches
 from fastsched.diffusers.calibration import CalibrationScheduler
-from fastsched.diffusers.call_identity import call_identity, check_same_call, check_same_calls
-from fastsched.diffusers.consistency import warn_of_other_call
-from fastsched.diffusers.conventions import describe, own_scheduler, warn_of_overrides
-from fastsched.diffusers.overrides import warn_of_lost_methods
-from fastsched.diffusers.pipeline_call import call, check_call
-from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
+from fastsched.diffusers.pipelines.call import call, check_call
+from fastsched.diffusers.pipelines.call_identity import call_identity, check_same_call, check_same_calls
+from fastsched.diffusers.pipelines.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.random_numbers import ONE_CALL
-from fastsched.diffusers.step_counts import calibration_steps
-from fastsched.diffusers.watching import watched
+from fastsched.diffusers.schedulers.conventions import describe, own_scheduler, warn_of_overrides
+from fastsched.diffusers.schedulers.overrides import warn_of_lost_methods
+from fastsched.diffusers.watching.caches import check_caches
+from fastsched.diffusers.watching.consistency import warn_of_other_call
+from fastsched.diffusers.watching.step_counts import calibration_steps
+from fastsched.diffusers.watching.watch import watched
 from fastsched.measurement.batches import Batches, attach_finished, interrupted_measurement, is_out_of_memory, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import (

@@ -27,9 +27,9 @@ from fastsched.denoisers.network_state import (
     training_error,
     unchanged_buffers,
 )
-from fastsched.diffusers.formula import Formula, Given, part_like, products_of
-from fastsched.diffusers.network_facts import NUMBERS, NetworkFacts
-from fastsched.diffusers.step_checks import FROM_NOISE, differing
+from fastsched.diffusers.watching.formula import Formula, Given, part_like, products_of
+from fastsched.diffusers.watching.network_facts import NUMBERS, NetworkFacts
+from fastsched.diffusers.watching.step_checks import FROM_NOISE, differing
 from fastsched.ops.backends import widest_dtype
 
 #: Ends of the names of networks' arguments that are timesteps.

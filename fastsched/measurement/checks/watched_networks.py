@@ -11,9 +11,9 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.network_state import checked_training, unchanged_buffers, warned_of_randomness
-from fastsched.measurement.check_calls import ANYWAY
+from fastsched.measurement.checks.calls import ANYWAY
+from fastsched.measurement.checks.network import check_network, fingerprint
 from fastsched.measurement.fingerprints import same_network
-from fastsched.measurement.network_checks import check_network, fingerprint
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@
 with noise ``e``. Then ``D`` is known (1 and 0), every consistent solver is exact, and a state ``alpha x0 + sigma e``
 shows ``alpha`` in the first half and ``sigma`` in the second: the level of the scheduler's state. The network answers
 for the level of its *timestep*, as a real one does, so a scheduler whose timesteps and sigmas disagree is detected too.
-Rounding to integer timesteps is ignored here; `fastsched.diffusers.exporter.prove` reports it.
+Rounding to integer timesteps is ignored here; `fastsched.diffusers.schedulers.exporter.prove` reports it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fastsched.denoisers.noise import VarianceExploding
-from fastsched.diffusers.conventions import Convention, class_names, describe
 from fastsched.diffusers.random_numbers import ONE_CALL
+from fastsched.diffusers.schedulers.conventions import Convention, class_names, describe
 
 #: Elements of the probe's state. A stochastic scheduler's sigma is found to about ``1 / sqrt(PROBE_SIZE)``.
 PROBE_SIZE = 1 << 14

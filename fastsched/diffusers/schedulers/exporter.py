@@ -19,10 +19,17 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.noise import FlowMatching, NoiseProcess, VariancePreserving
 from fastsched.diffusers.attributes import deep_copy
-from fastsched.diffusers.conventions import Convention, class_names, describe, other_solver, own_scheduler, visited
-from fastsched.diffusers.overrides import LOST
-from fastsched.diffusers.probe import NUDGE, amplified_rounding, scales, timestep_slack, trace
-from fastsched.diffusers.replacement import replacement
+from fastsched.diffusers.schedulers.conventions import (
+    Convention,
+    class_names,
+    describe,
+    other_solver,
+    own_scheduler,
+    visited,
+)
+from fastsched.diffusers.schedulers.overrides import LOST
+from fastsched.diffusers.schedulers.probe import NUDGE, amplified_rounding, scales, timestep_slack, trace
+from fastsched.diffusers.schedulers.replacement import replacement
 from fastsched.sampling.schedule import Schedule, is_schedule
 
 #: Largest absolute ``mu``. Times shift by its exponential; beyond this, every time is 0 or 1 up to rounding.
@@ -148,7 +155,7 @@ def prove(
 ) -> Export:
     """Run ``setter`` on a copy of ``scheduler`` and check what the copy then does.
 
-    The sigmas that it lists, the levels of its states (`fastsched.diffusers.probe.trace`) and the timesteps given to
+    The sigmas that it lists, the levels of its states (`probe.trace`) and the timesteps given to
     the network must agree with one another. Their difference from the schedule is reported, not checked.
 
     Raises:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.deferred_checks import DeferredChecks
-from fastsched.diffusers.conventions import Convention
-from fastsched.diffusers.step_checks import INSTEAD
+from fastsched.diffusers.schedulers.conventions import Convention
+from fastsched.diffusers.watching.step_checks import INSTEAD
 
 #: Parts of the latents with fewer elements may be equal by chance.
 FEWEST_ELEMENTS = 8

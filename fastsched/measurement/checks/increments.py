@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.measurement.check_calls import STATE, CheckCalls
+from fastsched.measurement.checks.calls import STATE, CheckCalls
 from fastsched.measurement.statistics import PathStatistics
 
 #: Nothing is checked if ``log s`` falls by more than this between two levels: exact outputs are then as rough.
@@ -56,40 +56,40 @@ FOURTH, SQUARED_FOURTH = (1.0, -4.0, 6.0, -4.0, 1.0), 70
 
 
 @torch.no_grad()
-def check_increments(ask: CheckCalls, stats: PathStatistics) -> None:
+def check_increments(calls: CheckCalls, stats: PathStatistics) -> None:
     """Check the increments of the first batch, unless all outputs are equal.
 
     Two more calls if they are rough, and up to ten if one output is wrong, or eleven if many seem to be.
 
     ValueError if the network gives different outputs for the same input where increments are rough.
     """
-    if ask.constant or float(stats.s[stats.s.isfinite()].log().diff().abs().max()) > WIDE:
+    if calls.constant or float(stats.s[stats.s.isfinite()].log().diff().abs().max()) > WIDE:
         return
-    _check_repeats(ask, stats)
+    _check_repeats(calls, stats)
     if stats.dimension * stats.samples >= ELEMENTS:
         gram = stats.gram.double().mean(0)
         products = _fourth_products(gram)
         level, size = _wrong_output(products, gram.diagonal())
         if level is not None:
-            _check_single_output(ask, stats, level, size)
+            _check_single_output(calls, stats, level, size)
             return
-        unrelated = stats.process.integer_timesteps or ask.dtype.itemsize < 4
+        unrelated = stats.process.integer_timesteps or calls.dtype.itemsize < 4
         level = _reusing_level(products, gram.diagonal(), ALIKE if unrelated else 0.0)
         if level is not None:
-            _check_reuse(ask, stats, level)
+            _check_reuse(calls, stats, level)
 
 
-def _check_reuse(ask: CheckCalls, stats: PathStatistics, level: int) -> None:
+def _check_reuse(calls: CheckCalls, stats: PathStatistics, level: int) -> None:
     """ValueError if outputs around a ``level`` depend on the call before.
 
     States of one noise, as on a path, are asked for in order, and after a call far from them in reverse order.
     """
     around = [float(each) for each in stats.s[level - 2 : level + 3]]
-    states = [(stats.ends[:1].view(1, *stats.shape) / s + ask.noise(2), s) for s in around]
-    outputs = [ask.raw(*state)[0] for state in states]
-    ask.raw(ask.noise(3), ask.top.level)
-    again = (ask.raw(*state)[0] for state in reversed(states))
-    if any(ask.differs(found, own) for found, own in zip(again, reversed(outputs), strict=True)):
+    states = [(stats.ends[:1].view(1, *stats.shape) / s + calls.noise(2), s) for s in around]
+    outputs = [calls.raw(*state)[0] for state in states]
+    calls.raw(calls.noise(3), calls.top.level)
+    again = (calls.raw(*state)[0] for state in reversed(states))
+    if any(calls.differs(found, own) for found, own in zip(again, reversed(outputs), strict=True)):
         raise ValueError(
             f"the network gives different outputs for the same input around level {around[-3]:.3g}, as if it reused "
             f"those of earlier calls: {STATE}"
@@ -114,14 +114,14 @@ def _reusing_level(products: Tensor, squares: Tensor, least: float) -> int | Non
     return int(excess.argmax()) + 2
 
 
-def _check_single_output(ask: CheckCalls, stats: PathStatistics, level: int, size: float) -> None:
+def _check_single_output(calls: CheckCalls, stats: PathStatistics, level: int, size: float) -> None:
     """Warn if the output of a ``level`` is wrong by ``size``, and that of another state at this level is not."""
     around = [float(each) for each in stats.s[level - 2 : level + 3]]
-    z = stats.ends[:1].view(1, *stats.shape) + around[2] * ask.noise(2)
-    outputs = [(s, ask.denoised(z.double(), s)) for s in around]
+    z = stats.ends[:1].view(1, *stats.shape) + around[2] * calls.noise(2)
+    outputs = [(s, calls.denoised(z.double(), s)) for s in around]
     error = torch.stack([weight * own for weight, (_, own) in zip(FOURTH, outputs, strict=True)]).sum(0) / max(FOURTH)
     exact = float(error.norm()) < KNOWN * size
-    if exact or any(ask.differs(ask.denoised(z.double(), s), own) for s, own in reversed(outputs)):
+    if exact or any(calls.differs(calls.denoised(z.double(), s), own) for s, own in reversed(outputs)):
         validate.warn(
             f"at level {around[2]:.3g} the network's output did not fit those at the neighbouring levels, but did when "
             "it was called again: it may keep a state between its calls (a cache that reuses earlier outputs?); "
@@ -148,18 +148,18 @@ def _wrong_output(products: Tensor, squares: Tensor) -> tuple[int | None, float]
     return worst[1:]
 
 
-def _check_repeats(ask: CheckCalls, stats: PathStatistics) -> None:
+def _check_repeats(calls: CheckCalls, stats: PathStatistics) -> None:
     """Call the network twice with the same input where increments are rough, if anywhere."""
     cosines = _cosines(stats.gram)
-    if ask.denoiser.process.integer_timesteps or len(cosines) < WINDOW:
+    if calls.denoiser.process.integer_timesteps or len(cosines) < WINDOW:
         return
     means = cosines.unfold(0, WINDOW, 1).mean(1)
     if float(means.min()) >= ROUGH:
         return
     k = int(means.argmin()) + WINDOW // 2 + 1
-    s = ask.known(float(stats.s[k]))
-    y = stats.ends[:1].view(1, *stats.shape) / s + ask.noise(2)
-    if ask.differs(ask.raw(y, s)[0], ask.raw(y, s)[0]):
+    s = calls.known(float(stats.s[k]))
+    y = stats.ends[:1].view(1, *stats.shape) / s + calls.noise(2)
+    if calls.differs(calls.raw(y, s)[0], calls.raw(y, s)[0]):
         raise ValueError(
             f"the network gives different outputs for the same input around level {s:.3g}: it is random there, "
             "or keeps a state (dropout left on? a random generator of its own?); call network.eval(), or fix its "

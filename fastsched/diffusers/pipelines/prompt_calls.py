@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastsched.diffusers.attributes import attributes_set, values_copied
-from fastsched.diffusers.pipeline_call import call_parameters
+from fastsched.diffusers.pipelines.call import call_parameters
 
 #: Methods of pipelines that encode prompts.
 ENCODERS = ("encode_prompt", "_encode_prompt")

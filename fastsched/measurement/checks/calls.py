@@ -170,14 +170,14 @@ class Top:
     raw: Tensor = field(init=False)
     denoised: Tensor = field(init=False)
 
-    def call(self, ask: CheckCalls) -> None:
+    def call(self, calls: CheckCalls) -> None:
         """Make the calls for the first time."""
-        raw, denoised = zip(*(ask.raw(part, self.level) for part in self.noise.split(self.size)), strict=True)
+        raw, denoised = zip(*(calls.raw(part, self.level) for part in self.noise.split(self.size)), strict=True)
         self.raw, self.denoised = torch.cat(raw).float(), torch.cat(denoised).float()  # held while paths are followed
 
-    def again(self, ask: CheckCalls, size: int | None = None) -> Tensor:
+    def again(self, calls: CheckCalls, size: int | None = None) -> Tensor:
         """Make the calls again, with ``size`` samples each; returns ``R``."""
-        return torch.cat([ask.raw(part, self.level)[0] for part in self.noise.split(size or self.size)])
+        return torch.cat([calls.raw(part, self.level)[0] for part in self.noise.split(size or self.size)])
 
     @property
     def slope(self) -> float:

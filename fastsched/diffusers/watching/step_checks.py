@@ -15,7 +15,7 @@ from fastsched import validate
 from fastsched.denoisers.deferred_checks import DeferredChecks
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.noise import NoiseProcess
-from fastsched.diffusers.conventions import Convention
+from fastsched.diffusers.schedulers.conventions import Convention
 
 #: What to do about a pipeline whose loop cannot be measured.
 UNMEASURABLE = "it cannot be measured by its loop; measure its network (fastsched.measure)"
@@ -28,7 +28,7 @@ FROM_NOISE = (
 )
 
 #: Largest relative change of an output that is computed again in the same batch, by the network's dtype. In 16 bits it
-#: is less than in another batch (`measurement.check_calls.REPEATABLE`), for which libraries use other kernels.
+#: is less than in another batch (`measurement.checks.calls.REPEATABLE`), for which libraries use other kernels.
 REPEATED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 5e-3}
 
 #: How far into a measurement the step is that is repeated at its end, by call: one that is early, but at which the

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from fastsched.denoisers.deferred_checks import DeferredChecks, DeferredRead
 from fastsched.diffusers.attributes import copied_with
-from fastsched.diffusers.consistency import Consistency
-from fastsched.diffusers.conventions import describe, own_scheduler
-from fastsched.diffusers.exporter import gives_both_lists
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
-from fastsched.diffusers.overrides import Override, Timesteps, without_equal_sigmas
-from fastsched.diffusers.probe import scales
-from fastsched.diffusers.step_checks import (
+from fastsched.diffusers.schedulers.conventions import describe, own_scheduler
+from fastsched.diffusers.schedulers.exporter import gives_both_lists
+from fastsched.diffusers.schedulers.overrides import Override, Timesteps, without_equal_sigmas
+from fastsched.diffusers.schedulers.probe import scales
+from fastsched.diffusers.schedulers.step_outputs import StepOutput
+from fastsched.diffusers.watching.consistency import Consistency
+from fastsched.diffusers.watching.step_checks import (
     INSTEAD,
     check_input_scaled,
     check_one_run,
@@ -28,8 +29,7 @@ from fastsched.diffusers.step_checks import (
     held_at_zero,
     output_of_tokens,
 )
-from fastsched.diffusers.step_outputs import StepOutput
-from fastsched.diffusers.watching import PipelineWatch
+from fastsched.diffusers.watching.watch import PipelineWatch
 from fastsched.fitting.rollouts import Evaluations
 from fastsched.sampling.random_streams import BESIDE, noise_of
 from fastsched.sampling.schedule import Schedule

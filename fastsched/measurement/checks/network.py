@@ -3,7 +3,7 @@
 At most seven calls of one sample with fixed noises ``n``, five of them before the measurement. Up to six more if ``v``
 or ``F`` is unusual, eight if samples have few elements, two if the rough sample seems no sample (nine for velocities),
 two if the network is constant at the highest level, and thirteen if the first path is rough
-(`measurement.increment_checks`):
+(`measurement.checks.increments`):
 
 ==============================  ================================================================================
 call                            output of a denoiser ``D = E[x0 | z]``
@@ -21,7 +21,7 @@ the same third, plus a step     For ``v`` and ``F``, whose sign may be wrong: ``
                                 property, so a middle level is used, where ``||D - x0|| < s ||n||``; else a finer
                                 ``x0`` is tried. For EDM the check is instead whether the network returns ``D`` where
                                 it should return ``F``. Not for ``v``.
-the first path, and its end     See `measurement.path_checks` and `measurement.increment_checks`.
+the first path, and its end     See `measurement.checks.path` and `measurement.checks.increments`.
 at the end, the third again     The same as before. Otherwise the network has changed during the measurement.
 ==============================  ================================================================================
 
@@ -44,9 +44,9 @@ from fastsched.denoisers.edm import IDENTITY_RTOL, LOW_LEVEL
 from fastsched.denoisers.network_errors import checked_call
 from fastsched.denoisers.network_state import check_evaluation_mode, checked_training
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
-from fastsched.measurement.check_calls import ANYWAY, ELSEWHERE, STATE, CheckCalls, Top
+from fastsched.measurement.checks.calls import ANYWAY, ELSEWHERE, STATE, CheckCalls, Top
+from fastsched.measurement.checks.tables import check_table
 from fastsched.measurement.fingerprints import fingerprint_of
-from fastsched.measurement.table_checks import check_table
 
 #: Network evaluations that the checks spend, before a measurement and after it, unless the network is unusual.
 CHECK_CALLS = 7
@@ -131,51 +131,51 @@ def check_network(
     """
     check_table(denoiser.process)
     check_evaluation_mode(denoiser.network)
-    ask = CheckCalls(denoiser, shape, device, dtype)
-    ask.top = Top(float(s[0]), ask.noise(seed, seed + ELSEWHERE), 2 if batch == 1 else 1)
+    calls = CheckCalls(denoiser, shape, device, dtype)
+    calls.top = Top(float(s[0]), calls.noise(seed, seed + ELSEWHERE), 2 if batch == 1 else 1)
     with checked_training(denoiser.network, device):
         try:
-            ask.top.call(ask)
+            calls.top.call(calls)
         except Exception:
-            if ask.top.size == 1:
+            if calls.top.size == 1:
                 raise
-            ask.top.size = 1  # a network that is asked for one sample at a time need not take two
-            ask.top.call(ask)
+            calls.top.size = 1  # a network that is asked for one sample at a time need not take two
+            calls.top.call(calls)
     try:
-        _check_denoiser(ask, float(s[-1]))
+        _check_denoiser(calls, float(s[-1]))
     except ValueError:
-        ask.check_repeats()  # raises instead if the network is random or keeps a state
+        calls.check_repeats()  # raises instead if the network is random or keeps a state
         raise
-    if torch.equal(ask.top.raw[0], ask.top.raw[1]) and not ask.constant:
-        check_cache(ask)
-    return ask
+    if torch.equal(calls.top.raw[0], calls.top.raw[1]) and not calls.constant:
+        check_cache(calls)
+    return calls
 
 
-def _check_denoiser(ask: CheckCalls, low: float) -> None:
+def _check_denoiser(calls: CheckCalls, low: float) -> None:
     """Make the remaining calls before the measurement, and compare the outputs with those of a denoiser."""
-    noise = ask.noise(0, 2).double()
-    first, second = ask.between(1 / 3), ask.between(2 / 3)
-    middle, x0 = ask.raw(noise[:1], first)
-    ask.middle, ask.fingerprint = middle.float(), fingerprint_of(middle, x0, ask.coefficients(first)[1])
-    if ask.denoiser.prediction in SIGN_AMBIGUOUS:
-        ask.negative_slope = _negative_slope(ask, first * noise[:1], first, x0, first * noise[1:])
-    if first != second and ask.denoiser.prediction not in SIGN_AMBIGUOUS:
-        x0 = ask.denoised(second * (noise[:1] + (1 / second - 1 / first) * x0), second)
-    ask.constant = _answers_equal(ask, low)
-    if ask.constant:
+    noise = calls.noise(0, 2).double()
+    first, second = calls.between(1 / 3), calls.between(2 / 3)
+    middle, x0 = calls.raw(noise[:1], first)
+    calls.middle, calls.fingerprint = middle.float(), fingerprint_of(middle, x0, calls.coefficients(first)[1])
+    if calls.denoiser.prediction in SIGN_AMBIGUOUS:
+        calls.negative_slope = _negative_slope(calls, first * noise[:1], first, x0, first * noise[1:])
+    if first != second and calls.denoiser.prediction not in SIGN_AMBIGUOUS:
+        x0 = calls.denoised(second * (noise[:1] + (1 / second - 1 / first) * x0), second)
+    calls.constant = _answers_equal(calls, low)
+    if calls.constant:
         validate.warn(
             "the network answered the same to every question, so schedules for it are meaningless: does it use its "
             "inputs, and is its output not all zero?",
         )
         return
-    prediction = ask.denoiser.prediction
-    _check_top(ask, ask.assumed_deviation or float(x0.square().mean().sqrt()))
+    prediction = calls.denoiser.prediction
+    _check_top(calls, calls.assumed_deviation or float(x0.square().mean().sqrt()))
     if prediction == "edm":
-        _check_raw_edm(ask, noise[1:])
+        _check_raw_edm(calls, noise[1:])
     elif prediction in FLOW_LIKE:
-        _check_middle(ask, x0, *noise.split(1))
+        _check_middle(calls, x0, *noise.split(1))
     elif prediction != "v":
-        _check_low(ask, x0, noise[1:], low)
+        _check_low(calls, x0, noise[1:], low)
 
 
 @torch.no_grad()
@@ -186,23 +186,23 @@ def fingerprint(
 
     ``beside`` other samples are in the same call, before this one: a network may also go by the place in the batch.
     """
-    ask = CheckCalls(denoiser, shape, device, dtype)
-    third = ask.between(1 / 3)
-    raw, denoised = (each[-1:] for each in ask.raw(ask.noise(*range(beside, -1, -1)), third))
-    return fingerprint_of(raw, denoised, ask.coefficients(third)[1])
+    calls = CheckCalls(denoiser, shape, device, dtype)
+    third = calls.between(1 / 3)
+    raw, denoised = (each[-1:] for each in calls.raw(calls.noise(*range(beside, -1, -1)), third))
+    return fingerprint_of(raw, denoised, calls.coefficients(third)[1])
 
 
-def _check_top(ask: CheckCalls, size: float) -> None:
+def _check_top(calls: CheckCalls, size: float) -> None:
     """Check the slope of ``D`` along the noise, and its size against the data's ``size``, at the highest level."""
-    denoiser, top = ask.denoiser, ask.top
-    if math.prod(ask.shape) < FEWEST_ELEMENTS:
+    denoiser, top = calls.denoiser, calls.top
+    if math.prod(calls.shape) < FEWEST_ELEMENTS:
         size = max(size, 1.0)
     elif denoiser.process.kind != "ve":
         size = max(size, LEAST_SIZE)
-    slope, reach = top.slope, top.reach(ask.coefficients(top.level)[1])
+    slope, reach = top.slope, top.reach(calls.coefficients(top.level)[1])
     sigma = float(denoiser.process.sampler_sigma(torch.tensor(top.level, dtype=torch.float64, device="cpu")))
     where = f"at the highest level (sigma = {sigma:.6g})"
-    high = top.level == ask.range[2] or top.level > TOP_LEVEL * size
+    high = top.level == calls.range[2] or top.level > TOP_LEVEL * size
     if high and top.level < math.inf and slope / top.level > TOP_JACOBIAN:
         silent = denoiser.prediction == "epsilon" and float(top.raw.norm()) < SILENT * float(top.noise.norm())
         untrained = ", as its outputs are near 0 (is it trained?)" if silent else ""
@@ -213,7 +213,7 @@ def _check_top(ask: CheckCalls, size: float) -> None:
         short = denoiser.process.kind == "ve" or SHORT_TABLE[0] <= top.level <= SHORT_TABLE[1]
         if not short or slope / top.level > CERTAIN_JACOBIAN:
             raise ValueError(finding)
-        ask.top_fault = finding
+        calls.top_fault = finding
     if slope < -0.5 * reach and -slope > 0.5 * size:
         raise ValueError(
             f"{where} the denoised sample moves against the noise ({slope:.2g} times it), which no denoiser does: "
@@ -253,27 +253,27 @@ def _if_untrained(process: NoiseProcess) -> str:
     return f". Or is it badly trained there? {_lower_start(process)}"
 
 
-def _answers_equal(ask: CheckCalls, low: float) -> bool:
+def _answers_equal(calls: CheckCalls, low: float) -> bool:
     """Whether all outputs are equal; for predictions of x0, which in 16 bits may be almost zero, nearly equal.
 
     For other predictions small differences may be correct: ``v`` and ``F`` are 0 where data are as ``a`` assumes.
     """
-    most = ALIKE * low if ask.denoiser.prediction == "x0" else 0.0
-    differences = (ask.top.raw[0] - ask.top.raw[1], ask.top.raw[:1] - ask.middle)
+    most = ALIKE * low if calls.denoiser.prediction == "x0" else 0.0
+    differences = (calls.top.raw[0] - calls.top.raw[1], calls.top.raw[:1] - calls.middle)
     return all(float(each.abs().max()) <= most for each in differences)
 
 
-def check_cache(ask: CheckCalls) -> None:
+def check_cache(calls: CheckCalls) -> None:
     """ValueError if a network that seems constant at a level is so at a third, with another value; two calls."""
-    one, other = (ask.at_third(seed)[0] for seed in (2, 0))
-    if torch.equal(one, other) and not torch.equal(ask.middle, ask.top.raw[:1]):  # else it is constant everywhere
+    one, other = (calls.at_third(seed)[0] for seed in (2, 0))
+    if torch.equal(one, other) and not torch.equal(calls.middle, calls.top.raw[:1]):  # else it is constant everywhere
         raise ValueError(
             "the network gives the same output for different states of one level, as if it kept its first one, or "
             f"ignored its input: {STATE}"
         )
 
 
-def _negative_slope(ask: CheckCalls, z: Tensor, s: float, x0: Tensor, other: Tensor | None = None) -> str | None:
+def _negative_slope(calls: CheckCalls, z: Tensor, s: float, x0: Tensor, other: Tensor | None = None) -> str | None:
     """A message if ``D``, which is ``x0`` at ``z``, moves against a step. One call, or three.
 
     If it moves only a little against the step, it must do so at ``other`` too.
@@ -282,23 +282,23 @@ def _negative_slope(ask: CheckCalls, z: Tensor, s: float, x0: Tensor, other: Ten
     Jacobian of ``D' = 2 a z - D`` has some, in directions in which data vary more than twice as much as ``a`` assumes,
     most likely that of the true ``D = 2 a z - D'``, along which the step goes.
     """
-    a = ask.coefficients(s)[0]
-    a *= float(ask.denoiser.process.alpha(torch.tensor(s, dtype=torch.float64, device="cpu")))  # D = a alpha z + c R
-    step = x0 - ask.top.denoised.mean(0) - 2 * a * z
+    a = calls.coefficients(s)[0]
+    a *= float(calls.denoiser.process.alpha(torch.tensor(s, dtype=torch.float64, device="cpu")))  # D = a alpha z + c R
+    step = x0 - calls.top.denoised.mean(0) - 2 * a * z
     step /= step.norm().clamp_min(1e-30)
-    moved = ask.denoised(z + s * step, s) - x0
+    moved = calls.denoised(z + s * step, s) - x0
     along = float((moved * step).sum())
     if along >= min(NEGATIVE_COSINE * float(moved.norm()), NEGATIVE_SLOPE * a * s):
         return None
     if other is not None and along > CERTAIN_SLOPE * a * s:
-        return _negative_slope(ask, other, s, ask.denoised(other, s))
+        return _negative_slope(calls, other, s, calls.denoised(other, s))
     return (
         f"at level {s:.3g} the denoised sample moves by {along:.3g} along a step of {s:.3g} of the input, but a "
         "denoiser's does not move against it"
     )
 
 
-def _check_middle(ask: CheckCalls, x0: Tensor, start: Tensor, noise: Tensor) -> None:
+def _check_middle(calls: CheckCalls, x0: Tensor, start: Tensor, noise: Tensor) -> None:
     """ValueError unless denoising brings a noisy sample nearer to the clean one; one call.
 
     The rough sample ``x0`` may lie between modes far apart, to which even a denoiser moves it. So if it moves too far,
@@ -308,41 +308,41 @@ def _check_middle(ask: CheckCalls, x0: Tensor, start: Tensor, noise: Tensor) -> 
     if noise.numel() < FEWEST_ELEMENTS:
         return
     most = 1 + 1 / math.sqrt(noise.numel())
-    s, left, along = _distance_left(ask, x0, noise)
+    s, left, along = _distance_left(calls, x0, noise)
     if left <= most:
         return
     fault = f"denoising a sample with noise of level {s:.3g} leaves it {left:.3g} times as far from clean"
-    if _distance_left(ask, _finer_sample(ask, start), noise)[1] > most:
-        raise ValueError(f"{fault} as it was: {suspects(ask.denoiser)}")
+    if _distance_left(calls, _finer_sample(calls, start), noise)[1] > most:
+        raise ValueError(f"{fault} as it was: {suspects(calls.denoiser)}")
     if along > ALONG_NOISE:
-        ask.middle_fault = fault
+        calls.middle_fault = fault
 
 
-def _distance_left(ask: CheckCalls, x0: Tensor, noise: Tensor) -> tuple[float, float, float]:
+def _distance_left(calls: CheckCalls, x0: Tensor, noise: Tensor) -> tuple[float, float, float]:
     """A middle level ``s``, and for ``e = (D(x0 + s n) - x0) / s`` there ``||e|| / ||n||`` and ``<e, n> / ||n||^2``.
 
     One call.
     """
-    s = ask.known(1.0 if ask.denoiser.process.kind == "flow" else 2 * float(x0.square().mean().sqrt()))
-    error = (ask.denoised(x0 + s * noise, s) - x0) / s
+    s = calls.known(1.0 if calls.denoiser.process.kind == "flow" else 2 * float(x0.square().mean().sqrt()))
+    error = (calls.denoised(x0 + s * noise, s) - x0) / s
     return s, float(error.norm() / noise.norm()), float((error * noise).sum() / noise.square().sum())
 
 
-def _finer_sample(ask: CheckCalls, y: Tensor) -> Tensor:
+def _finer_sample(calls: CheckCalls, y: Tensor) -> Tensor:
     """A sample from noise ``y`` by `FINER` Euler steps."""
-    levels = [ask.between(part / FINER) for part in range(FINER)]
+    levels = [calls.between(part / FINER) for part in range(FINER)]
     for s, following in pairwise(levels):
-        y = y + (1 / following - 1 / s) * ask.denoised(s * y, s)
-    return ask.denoised(levels[-1] * y, levels[-1])
+        y = y + (1 / following - 1 / s) * calls.denoised(s * y, s)
+    return calls.denoised(levels[-1] * y, levels[-1])
 
 
-def _check_raw_edm(ask: CheckCalls, noise: Tensor) -> None:
+def _check_raw_edm(calls: CheckCalls, noise: Tensor) -> None:
     """ValueError if the network returns its input ``z`` at a low level, as ``D(z, sigma)`` does; one call."""
-    denoiser = ask.denoiser
-    z = (denoiser.sigma_data * noise).to(ask.device, ask.dtype)
-    s = torch.full((1,), LOW_LEVEL * denoiser.sigma_data, dtype=torch.float32, device=ask.device)
-    answer = checked_call(partial(denoiser.network, z.clone(), s), z, s, ask.dtype)
-    ask.model_calls += 1
+    denoiser = calls.denoiser
+    z = (denoiser.sigma_data * noise).to(calls.device, calls.dtype)
+    s = torch.full((1,), LOW_LEVEL * denoiser.sigma_data, dtype=torch.float32, device=calls.device)
+    answer = checked_call(partial(denoiser.network, z.clone(), s), z, s, calls.dtype)
+    calls.model_calls += 1
     if float((answer.cpu().double() - z.cpu().double()).norm()) <= IDENTITY_RTOL * float(z.cpu().double().norm()):
         raise ValueError(
             "the network given to from_edm returns the denoised sample D(z, sigma), not the raw F(c_in z, c_noise): "
@@ -350,24 +350,24 @@ def _check_raw_edm(ask: CheckCalls, noise: Tensor) -> None:
         )
 
 
-def _check_low(ask: CheckCalls, x0: Tensor, noise: Tensor, low: float) -> None:
+def _check_low(calls: CheckCalls, x0: Tensor, noise: Tensor, low: float) -> None:
     """Check that denoising changes little at the lowest level; with few elements, the path's end is checked later.
 
     The rough sample ``x0`` may be no data, as between the values of binary images. A denoiser then leads it to data,
     which it leaves where they are. Two more calls.
     """
-    ask.low_fault = moved_at_lowest(ask, x0, noise, low)
-    if ask.low_fault is None or noise.numel() < FEWEST_ELEMENTS:
+    calls.low_fault = moved_at_lowest(calls, x0, noise, low)
+    if calls.low_fault is None or noise.numel() < FEWEST_ELEMENTS:
         return
-    if moved_at_lowest(ask, ask.denoised(x0 + low * noise, low), noise, low) is not None:
-        raise ValueError(f"{ask.low_fault}: {suspects(ask.denoiser)}")
-    ask.low_fault = None
+    if moved_at_lowest(calls, calls.denoised(x0 + low * noise, low), noise, low) is not None:
+        raise ValueError(f"{calls.low_fault}: {suspects(calls.denoiser)}")
+    calls.low_fault = None
 
 
-def moved_at_lowest(ask: CheckCalls, x0: Tensor, noise: Tensor, low: float) -> str | None:
+def moved_at_lowest(calls: CheckCalls, x0: Tensor, noise: Tensor, low: float) -> str | None:
     """A message if denoising moves ``x0`` with noise of the lowest level too far, else None; one call."""
     z = x0 + low * noise
-    error, size = float((ask.denoised(z, low) - z).norm()), low * math.sqrt(noise.numel())
+    error, size = float((calls.denoised(z, low) - z).norm()), low * math.sqrt(noise.numel())
     if error <= LOW_ERROR * size or error <= LOW_FRACTION * float(x0.norm()):
         return None
     return (

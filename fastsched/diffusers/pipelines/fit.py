@@ -14,20 +14,20 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import in_one_thread
-from fastsched.diffusers.caches import check_caches
-from fastsched.diffusers.call_identity import call_identity, check_same_call, check_same_calls
-from fastsched.diffusers.conventions import describe, other_solver, own_scheduler, solver_of
-from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
-from fastsched.diffusers.pipeline_measurement import CHECKS as CHECKS_OF_MEASURE
-from fastsched.diffusers.pipeline_measurement import (
+from fastsched.diffusers.pipelines.call_identity import call_identity, check_same_call, check_same_calls
+from fastsched.diffusers.pipelines.measurement import CHECKS as CHECKS_OF_MEASURE
+from fastsched.diffusers.pipelines.measurement import (
     calibration_calls,
     checked_calls,
     measured_in_group,
     one_bar,
 )
-from fastsched.diffusers.pipeline_runner import PipelineRunner, fits
-from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
-from fastsched.diffusers.replacement import replacement
+from fastsched.diffusers.pipelines.prompt_calls import PromptCalls, prompts_encoded_once
+from fastsched.diffusers.pipelines.runner import PipelineRunner, fits
+from fastsched.diffusers.schedulers.conventions import describe, other_solver, own_scheduler, solver_of
+from fastsched.diffusers.schedulers.exporter import Export, declared_sigmas, plain_copy
+from fastsched.diffusers.schedulers.replacement import replacement
+from fastsched.diffusers.watching.caches import check_caches
 from fastsched.fitting.budget import TOTAL, default_total, planned
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.group_runs import check_group, led_by_first
