@@ -15,6 +15,7 @@ from fastsched.selection import optimal
 #: Starts the command, and sends it Ctrl-C at its first import of typer.
 EARLY = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background ignore it
 
 class Finder:
     def find_spec(self, name, *_):
