@@ -175,8 +175,10 @@ def test_schedulers_that_fail_with_a_list_are_given_what_they_take(name, tmp_pat
 )
 def test_diffusers_arguments_are_those_that_the_pipeline_takes(kind, printed, said, tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+    from fastsched.diffusers.schedulers import conventions
+
     diffusers.DPMSolverMultistepScheduler().save_pretrained(tmp_path / "scheduler")
-    process = fs.diffusers.conventions.describe(diffusers.DPMSolverMultistepScheduler()).process
+    process = conventions.describe(diffusers.DPMSolverMultistepScheduler()).process
     levels = process.trained_levels[[900, 500, 20]]
     fs.Schedule.from_levels(process, torch.cat([levels, levels.new_zeros(1)]), "dpmpp_2m").save(tmp_path / "a.json")
     if kind is not None:
