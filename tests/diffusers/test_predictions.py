@@ -41,6 +41,14 @@ def test_a_prediction_of_noise_under_another_name_is_refused_at_the_second_step(
     assert fs.diffusers.measure(pipe, **SETTINGS).samples == 2
 
 
+def test_noise_predicted_under_edm_s_class_needs_another_class():
+    scheduler = diffusers.EDMEulerScheduler()
+    network = OracleUNet().answer_for(scheduler, mixture())
+    network.networks = [lambda x, s: x]  # at 80 times the data this is the noise
+    with pytest.raises(ValueError, match="use one for predictions of noise, such as EulerDiscreteScheduler"):
+        fs.diffusers.measure(OraclePipeline(network, scheduler), **SETTINGS)
+
+
 @pytest.mark.parametrize("name", ["DDIMScheduler", "FlowMatchEulerDiscreteScheduler"])
 def test_an_output_of_the_wrong_sign_is_refused_at_the_second_step(name):
     network = Counted().answer_for(getattr(diffusers, name)(), mixture())
@@ -56,4 +64,32 @@ def test_levels_that_begin_within_the_data_tell_nothing_of_the_prediction():
     oracle = fs.oracles.GaussianMixture(torch.ones(1), torch.zeros(1, 8), 1e-3 * torch.eye(8)[None])
     levels = [1.0 / 1.3**k for k in range(12)]
     stats = fs.diffusers.measure(oracle_pipeline(scheduler, oracle), levels=levels, samples=2, progress=False)
+    assert stats.samples == 2
+
+
+class Guided(OracleUNet):
+    """Guidance of 7.5 of one mixture away from another."""
+
+    def forward(self, sample, timestep, **_):
+        away, towards = (network(sample, self.convention.levels(timestep[:1])) for network in self.networks)
+        return (away + 7.5 * (towards - away),)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_guidance_between_right_predictions_is_not_taken_for_a_prediction_of_noise(kind):
+    """At 14.6 guidance of 7.5 scales ``D`` of data of deviation 1.5 to about the noise."""
+    wide = fs.oracles.GaussianMixture(torch.ones(1), torch.zeros(1, 8), 2.25 * torch.eye(8)[None])
+    narrow = fs.oracles.GaussianMixture(torch.ones(1), torch.full((1, 8), 0.3), 0.01 * torch.eye(8)[None])
+    scheduler = diffusers.DDIMScheduler(**SD, prediction_type=kind, clip_sample=False)
+    network = Guided().answer_for(scheduler, *((wide, narrow) if kind == "v_prediction" else (narrow, wide)))
+    assert fs.diffusers.measure(OraclePipeline(network, scheduler), **SETTINGS).samples == 2
+
+
+def test_a_guided_flow_from_a_level_near_the_data_is_not_taken_for_one_of_the_wrong_sign():
+    wide = fs.oracles.GaussianMixture(torch.ones(1), torch.zeros(1, 8), torch.eye(8)[None])
+    narrow = fs.oracles.GaussianMixture(torch.ones(1), torch.zeros(1, 8), 0.01 * torch.eye(8)[None])
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    network = Guided().answer_for(scheduler, narrow, wide)
+    levels = [4.5 / 1.5**k for k in range(12)]
+    stats = fs.diffusers.measure(OraclePipeline(network, scheduler), **SETTINGS | {"levels": levels})
     assert stats.samples == 2

@@ -19,10 +19,14 @@ FEWEST_ELEMENTS = 8
 #: Neighbours are refused if they are correlated by more than the first number and this many standard errors.
 CORRELATED, STANDARD_ERRORS = 0.1, 6
 
-#: From the first number up, a level is noise alone. There an output follows the noise if the difference of outputs for
-#: two noises is that of the noises, up to this part of it. For trained networks that predict noise or a velocity it is
-#: so up to 0.06; outputs that predict ``v``, ``F`` or the sample, and those of random weights, differ by 0.7 or more.
-NOISE_ALONE, FOLLOWS = 4.0, 0.2
+#: From the first number up, a level is noise alone (Stable Diffusion's highest is 14.6). There an output follows the
+#: noise if the difference of outputs for two noises is that of the noises, up to the second number times it. For
+#: trained networks that predict noise or a velocity it is so up to 0.06; outputs that predict ``v``, ``F`` or the
+#: sample, and those of random weights, differ by 0.7 or more. Guidance of 7.5 and more may scale these to follow the
+#: noise where samples have few elements, but hardly without an offset: outputs for the two noises are to be the noises
+#: themselves up to the third number. Of 7,560 right predictions of 1 to 8 elements, most of them guided, 183 followed
+#: the noise, and none was it.
+NOISE_ALONE, FOLLOWS, ITSELF = 14.0, 0.2, 0.5
 
 
 def check_first_latents(sample: Tensor, deferred: DeferredChecks, needed: float = 1.0, name: str = "") -> None:
@@ -119,7 +123,7 @@ def check_noise_predicted(
 ) -> None:
     """ValueError if outputs at the highest level follow the noise as those of another prediction or sign do.
 
-    A prediction of noise, or a velocity, is the noise itself there, up to a constant. ``v``, ``F`` and predictions of
+    A prediction of noise is the noise itself there, and a velocity up to a constant. ``v``, ``F`` and predictions of
     the sample hold next to none of it. So two noises show a wrong ``prediction_type``. An output that follows no noise
     tells nothing: that of random weights does not either.
 
@@ -132,23 +136,33 @@ def check_noise_predicted(
     """
     if float(s) < NOISE_ALONE or first[0].shape != second[0].shape:
         return
-    noise, output = (b.float() - a.float() for a, b in zip(first, second, strict=True))
     of_noise = convention.denoiser.prediction in ("epsilon", "velocity")
-    away = torch.linalg.vector_norm(output + noise if of_noise else output - noise)
+    noises, outputs = (torch.stack([each.float() for each in pair]) for pair in zip(first, second, strict=True))
+    away = outputs + noises if of_noise else outputs - noises
+    parts = torch.stack([_size(away[1] - away[0]) / _size(noises[1] - noises[0]), _size(away) / _size(noises)])
 
     def check(found: Tensor) -> None:
-        if not float(found) < FOLLOWS:
+        follows, itself = (found < found.new_tensor([FOLLOWS, ITSELF])).tolist()
+        if not (follows and (of_noise or itself)):
             return
         if of_noise:
             raise ValueError(
                 "at the highest level the network's output follows the negative of the noise in its input, so its sign "
                 "is wrong: negate it in the pipeline (does the model have noise at time 0 and data at 1?)"
             )
-        raise ValueError(
-            "at the highest level the network's output follows the noise in its input, as that of a network which "
-            "predicts noise does, and the scheduler's config says that it predicts something else; set "
-            "prediction_type='epsilon' (pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, "
+        setting = (
+            "set prediction_type='epsilon' (pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, "
             "prediction_type='epsilon'))"
         )
+        if convention.denoiser.prediction == "edm":
+            setting = "use one for predictions of noise, such as EulerDiscreteScheduler(prediction_type='epsilon')"
+        raise ValueError(
+            "at the highest level the network's output follows the noise in its input, as that of a network which "
+            f"predicts noise does, and the scheduler's config says that it predicts something else; {setting}"
+        )
 
-    deferred.add(away / torch.linalg.vector_norm(noise).clamp_min(1e-30), check)
+    deferred.add(parts, check)
+
+
+def _size(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x).clamp_min(1e-30)
