@@ -128,9 +128,9 @@ class CheckCalls:
         if self.differs(output, self.top.raw[0], LITTLE):
             raise ValueError(MIXES)
         validate.warn(
-            "the network's output for a sample changes a little with the other samples of its batch (activations in 8 "
-            "bits with one scale for the batch? statistics over the batch?), so errors are others with another "
-            "batch_size; with batch_size=1 it always runs alone"
+            "the network's output for a sample changes a little with the other samples of its batch, so results depend "
+            "on batch_size: activations in 8 bits with one scale for the batch may do so, statistics over the batch "
+            "(batch norm in training mode) must not; with batch_size=1 each sample runs alone"
         )
 
     @torch.no_grad()
