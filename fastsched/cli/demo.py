@@ -83,10 +83,10 @@ def run_demo(
         demo = _run(denoiser, samples, solvers, steps, progress, say)
         figure = draw(demo, denoiser)
         # Before printing, which ends the command if a reader such as head closed the pipe.
+        save_figure(figure, folder / "demo.png")
         for solver, runs in demo.schedules.items():
             for n, named in runs.items():
                 named[OURS].save(folder / f"{solver}-{n}.json")
-        save_figure(figure, folder / "demo.png")
     for solver in solvers:
         say("\n" + table(solver, demo.comparisons[solver]))
     reference = demo.reference

@@ -3,11 +3,14 @@
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
 from shell_runs import one_line, run
 
+import fastsched as fs
 from fastsched.cli import demo
 from fastsched.cli.commands import app
 from fastsched.selection import optimal
@@ -68,9 +71,12 @@ def test_an_interrupted_demo_leaves_no_empty_folder(tmp_path, monkeypatch):
     assert [each.name for each in tmp_path.iterdir()] == ["old"]
 
 
-def test_a_demo_interrupted_while_it_draws_has_written_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("slow", ["draw", "save_figure"])
+def test_a_demo_interrupted_while_it_draws_has_written_nothing(tmp_path, monkeypatch, slow):
+    ours = fs.Schedule(torch.tensor([80.0, 1.0, 0.0]), "ddim", "ve")
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
-    monkeypatch.setattr(demo, "_run", lambda *_: None)
-    monkeypatch.setattr(demo, "draw", interrupted)
+    monkeypatch.setattr(demo, "_run", lambda *_: SimpleNamespace(schedules={"ddim": {2: {demo.OURS: ours}}}))
+    monkeypatch.setattr(demo, "draw", lambda *_: None)
+    monkeypatch.setattr(demo, slow, interrupted)
     assert one_line(run("demo", "-q", "-o", tmp_path / "new")) == "interrupted; nothing was written"
     assert list(tmp_path.iterdir()) == []
