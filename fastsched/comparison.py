@@ -18,7 +18,7 @@ from fastsched import metrics, validate
 from fastsched.denoisers.denoiser import Denoiser, placement
 from fastsched.denoisers.network_state import check_evaluation_mode
 from fastsched.measurement.batches import attach_finished
-from fastsched.measurement.checks.watched_networks import watched_network
+from fastsched.measurement.checks.network_warnings import warned_of_faults
 from fastsched.measurement.converged_samples import (
     REFERENCE_SOLVER,
     REFERENCE_STEPS,
@@ -190,7 +190,7 @@ def compare(
     fine = fine_sigmas(denoiser, reference_steps)
     rows, calls = [], sum(method.model_calls(steps) for _, method, steps in runs.values())
     try:
-        with watched_network(denoiser, tuple(noise.shape[1:]), batch_size or len(noise), *place) as known:
+        with warned_of_faults(denoiser, tuple(noise.shape[1:]), batch_size or len(noise), *place) as known:
             if reference is None:
                 reference = converged(sampled, fine, get_solver(REFERENCE_SOLVER), noise, progress, known)
             else:

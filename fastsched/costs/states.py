@@ -24,7 +24,7 @@ from fastsched.denoisers.network_state import (
 )
 from fastsched.denoisers.noise import check_near
 from fastsched.measurement.batches import is_out_of_memory
-from fastsched.measurement.checks.watched_networks import watched_network
+from fastsched.measurement.checks.network_warnings import warned_of_faults
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.random_streams import noise_of, normal, sample_seeds, stream
 from fastsched.sampling.sampler import integration, nodes_of
@@ -190,7 +190,7 @@ class StateSource:
         bar = progress_bar(self.samples * levels, progress, what, unit="state")
         network = self.denoiser.network
         words = {"what": "the estimate", "harm": "the cost is mostly that of their changes", "result": "the cost is"}
-        watched = watched_network(self.denoiser, self.shape, self.batch, self.device, self.dtype, **words)
+        watched = warned_of_faults(self.denoiser, self.shape, self.batch, self.device, self.dtype, **words)
         with unchanged_buffers(network), watched as known, checked_training(network, self.device), bar as advance:
             self._fingerprint = known
             return torch.cat([estimate(batch, advance).cpu().double() for batch in self.batches()])

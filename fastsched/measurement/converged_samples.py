@@ -14,7 +14,7 @@ from fastsched.denoisers.denoiser import Denoiser, placement
 from fastsched.denoisers.network_state import check_evaluation_mode
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.measurement.batches import attach_finished
-from fastsched.measurement.checks.watched_networks import watched_network
+from fastsched.measurement.checks.network_warnings import warned_of_faults
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
 from fastsched.sampling.sampler import sample
@@ -94,7 +94,7 @@ def converged_reference(
     noise, place = _noise_of(shape, samples, seed), placement(denoiser, device, dtype)
     fine = fine_sigmas(denoiser, validate.positive_int("steps", steps, minimum=2))
     sampled = partial(sampled_in_batches, denoiser, noise, batch_size, *place)
-    with watched_network(denoiser, tuple(noise.shape[1:]), batch_size or len(noise), *place) as known:
+    with warned_of_faults(denoiser, tuple(noise.shape[1:]), batch_size or len(noise), *place) as known:
         return converged(sampled, fine, method, noise, progress, known)
 
 

@@ -105,8 +105,8 @@ def test_states_are_kept_although_they_are_written_over():
     """The same question again has the same answer: D at the state that was kept is what the path was told."""
     right = exact_denoisers(fs.oracles.GaussianMixture.random(8, 3, seed=0))["edm"]
     s = right.levels(12)
-    ask = check_network(right, (8,), torch.device("cpu"), torch.float32, s)
-    path = _Path(ask, s)
+    calls = check_network(right, (8,), torch.device("cpu"), torch.float32, s)
+    path = _Path(calls, s)
     x = torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
     raw = right.raw_output(x, s[path.level])
     path.see(x, path.level, raw)
@@ -279,8 +279,8 @@ def test_what_is_removed_agrees_with_the_slope_of_exact_denoisers():
     oracle = fs.oracles.Gaussian(0.5, (4096,))
     denoiser = exact_denoisers(oracle)["x0"]
     s = denoiser.levels(48)
-    ask = check_network(denoiser, (4096,), torch.device("cpu"), torch.float32, s)
-    path = _Path(ask, s)
+    calls = check_network(denoiser, (4096,), torch.device("cpu"), torch.float32, s)
+    path = _Path(calls, s)
     z = float(s[0]) * torch.randn(8, 4096, generator=torch.Generator().manual_seed(0))
     for k in range(48):
         x0 = denoiser.raw_output(z, s[k])

@@ -17,7 +17,7 @@ from fastsched.measurement.fingerprints import same_network
 
 
 @contextlib.contextmanager
-def watched_network(
+def warned_of_faults(
     denoiser: Denoiser,
     shape: tuple[int, ...],
     batch: int,
@@ -34,13 +34,13 @@ def watched_network(
     of two samples if ``batch`` is not 1, and one more if its answer differs. For the message, ``what`` is done here,
     ``harm`` if the network is random, and ``result`` is the beginning of what is wrong of the result.
     """
-    ask = lambda beside: _fingerprint(denoiser, shape, device, dtype, beside)
+    again = lambda beside: _fingerprint(denoiser, shape, device, dtype, beside)
     known = _checked(denoiser, shape, device, dtype)
     with warned_of_randomness(device, what, harm) as drawn:
         yield known
-    if drawn or same_network(known, ask(min(batch - 1, 1)), dtype):
+    if drawn or same_network(known, again(min(batch - 1, 1)), dtype):
         return
-    if batch > 1 and same_network(known, ask(0), dtype):
+    if batch > 1 and same_network(known, again(0), dtype):
         validate.warn(
             "the network gives different outputs for a sample alone and for the same sample in a batch: it mixes the "
             f"samples of a batch (statistics over the batch?), so {result} another with another batch_size"
