@@ -115,3 +115,18 @@ def test_errors_of_the_network_at_one_level_are_not_warned_of():
     denoiser = fs.Denoiser.from_epsilon(rough, table)
     stats = fs.measure(denoiser, (16,), samples=2, progress=False)
     assert stats.model_calls == 2 * 94 + 7 + 2 * len(FOURTH)
+
+
+def test_errors_of_the_network_in_one_path_are_not_warned_of():
+    """At one timestep the network fails in a region that one of eight paths is in, as small trained networks do."""
+    exact, table = exact_denoisers(DATA, vp_table(1000))["epsilon"].network, vp_table(1000)
+    known, inside = fs.Denoiser.from_epsilon(exact, table), []
+    off = float(known.process.timestep(known.levels(48)[20]))
+
+    def network(x, t):
+        fails = ((t - off).abs() < 1e-3) & (x[:, 0] > 1.8)
+        inside.append(int(fails.sum()))
+        return exact(x, t) + 3.0 * fails.reshape(-1, 1)
+
+    fs.measure(fs.Denoiser.from_epsilon(network, table), (16,), samples=8, progress=False)
+    assert max(inside) == 1
