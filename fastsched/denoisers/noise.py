@@ -219,7 +219,8 @@ class VariancePreserving(NoiseProcess):
             values = [*start, *log_uniform(top, self.s_min, n - len(start)).tolist()]
             return torch.tensor(values, dtype=torch.float64, device="cpu")
         if n > len(trained):
-            raise ValueError(f"levels must be at most {len(trained)}, the network's number of timesteps, got {n}")
+            most = f"{len(trained)}, the network's number of timesteps"
+            raise ValueError(f"levels must be at most {most}, got {n}; pass levels={len(trained)}")
         return trained[spread_indices(trained, n)].flip(0)
 
     def to_dict(self) -> dict[str, Any]:
