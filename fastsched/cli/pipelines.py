@@ -15,7 +15,9 @@ from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.pipelines.call import call, check_call
 from fastsched.diffusers.schedulers.conventions import describe, solver_of
-from fastsched.diffusers.schedulers.exporter import warn_of_solver
+from fastsched.diffusers.schedulers.exporter import plain_copy, warn_of_solver
+from fastsched.diffusers.schedulers.overrides import Override, Step
+from fastsched.diffusers.watching.step_checks import check_scaling
 from fastsched.measurement.converged_samples import Reference, level_count
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import progress_bar
@@ -50,7 +52,8 @@ def compare_pipeline(
     ``arguments``, and seeds that count up from ``seed``. Samples are latents if the pipeline can return them.
 
     Raises:
-        ValueError: If the pipeline cannot be given a schedule, or returns no tensors.
+        ValueError: If the pipeline cannot be given a schedule, does not scale its latents where its scheduler needs it,
+            or returns no tensors.
     """
     check_call(pipe, prompts, arguments)
     for name, schedule in schedules.items():
@@ -94,9 +97,15 @@ def _check_applied(name: str, schedule: Schedule, scheduler: Any) -> None:
 
 def _sampled(pipe: Any, schedule: Schedule | None, steps: int, seed: int, arguments: dict[str, Any]) -> Tensor:
     """The samples of one call, [images, *shape] float32 on the CPU; ``schedule`` None is the pipeline's own."""
-    with attributes_set(pipe, scheduler=pipe.scheduler):
-        if schedule is not None:
-            pipe.scheduler, _ = applied(schedule, pipe.scheduler)  # with the rounding that the scheduler will apply
+    if schedule is None:
+        scheduler = plain_copy(pipe.scheduler)
+        Step(scheduler).put()  # as an applied schedule it ignores eta=0 and a generator, which not all classes take
+    else:
+        scheduler, _ = applied(schedule, pipe.scheduler)  # with the rounding that the scheduler will apply
+    convention, scaling = describe(pipe.scheduler), _Scaling(scheduler)
+    if convention.scales_input:
+        scaling.put()
+    with attributes_set(pipe, scheduler=scheduler):
         result = call(pipe, steps, arguments, seed=seed)  # without a generator the seed sets torch's own
     # The first entry of an output of diffusers holds the samples, named images, frames or otherwise.
     images = result if isinstance(result, Tensor) else result[0]
@@ -104,4 +113,18 @@ def _sampled(pipe: Any, schedule: Schedule | None, steps: int, seed: int, argume
         images = torch.from_numpy(images)
     if not isinstance(images, Tensor):
         raise ValueError(f"{type(pipe).__name__} returns {type(images).__name__}; add --call output_type=np")
+    if not scaling.asked:
+        check_scaling(convention, type(pipe.scheduler).__name__, None, images)
     return images.detach().float().cpu()
+
+
+class _Scaling(Override):
+    """``scale_model_input`` that notes whether the pipeline calls it."""
+
+    name = "scale_model_input"
+    asked = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Called as the class's own method."""
+        self.asked = True
+        return self.original(*args, **kwargs)

@@ -147,6 +147,16 @@ def test_compare_names_the_solver_that_ran_and_counts_its_calls(pipe):
     assert (row.solver, row.steps, row.model_calls) == ("heun", 3, 5)
 
 
+@pytest.mark.parametrize("folder", ["saved", "noisy"])  # DDIMPipeline passes eta and others, DDPMPipeline a generator
+def test_compare_runs_schedulers_that_do_not_take_what_the_pipeline_passes_to_step(request, tmp_path, folder):
+    fs.Schedule([14.0, 3.0, 1.0, 0.0], "ddim", "vp").save(tmp_path / "a.json")
+    few = ("--samples", "2", "--reference-steps", "6", "--baselines", "none", "-q", "--json", "--scheduler")
+    named = ("compare", request.getfixturevalue(folder), tmp_path / "a.json", *few)
+    rows = json.loads(run(*named, "UniPCMultistepScheduler").stdout)["rows"]
+    assert [row["name"] for row in rows] == ["a", "the pipeline's own, 3 steps"]
+    assert "does not call scheduler.scale_model_input" in one_line(run(*named, "EulerDiscreteScheduler"))
+
+
 def test_compare_announces_two_calls_for_a_step_of_two_stages(saved, tmp_path):
     fs.Schedule([14.0, 4.0, 1.0, 0.0], "heun", "vp").save(tmp_path / "heun.json")
     files = ("compare", saved, tmp_path / "heun.json", "--scheduler", "HeunDiscreteScheduler", "--baselines", "none")
