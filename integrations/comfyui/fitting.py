@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import os
+import re
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +22,9 @@ from .content import digest
 from .files import Found
 from .measuring import FittingSampler, Settings, measurement_calls, process_of
 from .repeats import QUESTIONS
+
+#: The folder of this package.
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def guider_of(model: Any, positive: Any, negative: Any, cfg: float) -> Any:
@@ -45,9 +53,11 @@ def fit(guider: Any, latent: dict[str, Any], settings: Settings) -> tuple[Found,
     wanted = (settings.solver, settings.steps, settings.model_calls, settings.decoupled)
     chosen = None if measured is None else digest("chosen", measured, *wanted)
     schedule, stats = cache.schedule(chosen), cache.statistics(measured)
+    warned: list[str] = []
     if schedule is None or stats is None:
         try:
-            report = run(guider, image, settings, stats)
+            with warnings_also_in(warned):
+                report = run(guider, image, settings, stats)
         except BaseException as error:  # also an interrupt, after which a whole measurement is kept
             finished = getattr(error, "partial", None)
             if isinstance(finished, PathStatistics) and finished.samples == settings.samples:
@@ -69,7 +79,29 @@ def fit(guider: Any, latent: dict[str, Any], settings: Settings) -> tuple[Found,
     words = [found.summary(), spent]
     if getattr(process, "integer_timesteps", False):
         words.append("sigmas on trained levels")  # ComfyUI rounds timesteps, so no others were considered
-    return found, words
+    return found, [*words, *(f"warning: {message}" for message in warned)]
+
+
+@contextlib.contextmanager
+def warnings_also_in(messages: list[str]) -> Iterator[None]:
+    """Append the warnings about this package's calls to ``messages``, even those shown before; then give them again."""
+    name = str(__package__)
+    ours: list[tuple[Any, ...]] = []
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def hear(message: Any, category: Any, filename: str, lineno: int, *more: Any) -> None:
+            if filename.startswith(HERE):
+                ours.append((message, category, filename, lineno))
+            else:
+                show(message, category, filename, lineno, *more)
+
+        warnings.showwarning = hear
+        warnings.filterwarnings("always", module=re.escape(name))
+        yield
+    messages += [str(message) for message, *_ in ours]
+    for each in ours:
+        warnings.warn_explicit(*each, module=name)
 
 
 def sampled_latent(model: Any, latent: dict[str, Any]) -> torch.Tensor:

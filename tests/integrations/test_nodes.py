@@ -137,7 +137,9 @@ def test_images_with_conditions_of_their_own_are_measured_and_run_with_those_of_
     arguments = given(tuning_calls=60, samples=6, sampler="euler", latent={"samples": torch.zeros(6, 1, 2, 3)})
     arguments["model"].model_options["sampler_post_cfg_function"] = [lambda found: move(found["denoised"])]
     with pytest.warns(UserWarning, match="conditions differ from image to image"):
-        schedule, stats = vars(fit(package, arguments)[3]).values()
+        _, _, text, found = fit(package, arguments)
+    assert "warning: the conditions differ from image to image" in text
+    schedule, stats = vars(found).values()
     asked = guider(arguments)
     ask = lambda z, s: asked(z, s.float(), model_options={})  # the first row is not moved
     denoiser = fs.Denoiser.from_denoiser(ask, float(schedule.sigmas[-2]), float(schedule.sigmas[0]))
