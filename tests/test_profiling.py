@@ -180,6 +180,16 @@ def test_a_pipeline_is_left_as_it_was(tmp_path):
     assert json.loads(trace.read_text())["traceEvents"]
 
 
+def test_a_scheduler_that_does_not_take_what_the_pipeline_passes_to_step_is_named():
+    diffusers = pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+    import pipelines
+
+    pipe = diffusers.DDPMPipeline(pipelines.small_unet(), diffusers.UniPCMultistepScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match=r"calls its scheduler's step with generator, which UniPC\w+ does not take"):
+        fs.profile(pipe, steps=3)
+
+
 def test_both_networks_that_a_pipeline_calls_in_turn_count_however_few_the_steps():
     pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
     import diffusers

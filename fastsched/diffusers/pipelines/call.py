@@ -87,6 +87,15 @@ def _reason(error: Exception, pipe: Any, steps: int, call_kwargs: dict[str, Any]
             f"{type(pipe).__name__} gives its scheduler a list of {unknown[1].rstrip('s')}s, which {scheduler} does "
             "not take, so it cannot run with it; change the scheduler (docs/schedulers.md)"
         )
+    untaken = re.search(r"got an unexpected keyword argument '(eta|generator)'", text)
+    taken = inspect.signature(pipe.scheduler.step).parameters
+    any_name = any(each.kind is each.VAR_KEYWORD for each in taken.values())
+    if untaken is not None and untaken[1] not in taken and not any_name:
+        return (
+            f"{type(pipe).__name__} calls its scheduler's step with {untaken[1]}, which "
+            f"{type(pipe.scheduler).__name__} does not take, so it cannot run with it; change the scheduler, or apply "
+            "a schedule, whose steps ignore it"
+        )
     if "length" in text and "num_inference_steps" in text and not begun:
         return (
             f"an argument of the call, or its default, is a list for another number of steps than the {steps} that are "
