@@ -51,7 +51,8 @@ def main() -> None:
     steps = STEPS[:1] if args.quick else STEPS
     rows: list[dict[str, Any]] = []
     for name, model in models().items():
-        reference = model.converged(range(5000, 5000 + unseen), 0)
+        noises = range(5000, 5000 + unseen)  # that no measurement sees
+        reference = fs.converged_reference(model.denoiser, model.shape, samples=noises, progress=False)
         cells = [*product(range(seeds), SOLVERS, steps)]
         errors = {}
         for seed in range(seeds):
@@ -61,7 +62,8 @@ def main() -> None:
                 found = fs.compare(model.denoiser, schedule, reference=reference, progress=False)["chosen"]
                 errors[paths, seed, solver, count] = found.typical_error, found.mean_error
         for paths in PATHS[1:]:
-            ratios = [[math.log(errors[paths, *cell][k] / errors[8, *cell][k]) for cell in cells] for k in (0, 1)]
+            pairs = [(errors[(paths, *cell)], errors[(8, *cell)]) for cell in cells]
+            ratios = [[math.log(one[k] / eight[k]) for one, eight in pairs] for k in (0, 1)]
             typical, mean = (math.exp(sum(each) / len(each)) for each in ratios)
             rows.append({"data": name, "paths": paths, "typical, over 8 paths": typical, "mean, over 8 paths": mean})
     report("few_elements", rows, ("data", "paths"), quick=args.quick)

@@ -87,21 +87,23 @@ def warnings_also_in(messages: list[str]) -> Iterator[None]:
     """Append the warnings about this package's calls to ``messages``, even those shown before; then give them again."""
     name = str(__package__)
     ours: list[tuple[Any, ...]] = []
-    with warnings.catch_warnings():
-        show = warnings.showwarning
+    try:
+        with warnings.catch_warnings():
+            show = warnings.showwarning
 
-        def hear(message: Any, category: Any, filename: str, lineno: int, *more: Any) -> None:
-            if filename.startswith(HERE):
-                ours.append((message, category, filename, lineno))
-            else:
-                show(message, category, filename, lineno, *more)
+            def hear(message: Any, category: Any, filename: str, lineno: int, *more: Any) -> None:
+                if filename.startswith(HERE):
+                    ours.append((message, category, filename, lineno))
+                else:
+                    show(message, category, filename, lineno, *more)
 
-        warnings.showwarning = hear
-        warnings.filterwarnings("always", module=re.escape(name))
-        yield
-    messages += [str(message) for message, *_ in ours]
-    for each in ours:
-        warnings.warn_explicit(*each, module=name)
+            warnings.showwarning = hear
+            warnings.filterwarnings("always", module=re.escape(name))
+            yield
+    finally:
+        messages += [str(message) for message, *_ in ours]
+        for each in ours:
+            warnings.warn_explicit(*each, module=name)
 
 
 def sampled_latent(model: Any, latent: dict[str, Any]) -> torch.Tensor:
