@@ -49,7 +49,7 @@ class Demo:
 
 
 @contextlib.contextmanager
-def _made(folder: Path) -> Iterator[None]:
+def _new_folder(folder: Path) -> Iterator[None]:
     """Create the folder; it is removed again if the work within the block fails before a file is in it."""
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def run_demo(
     """
     samples = validate.positive_int("samples", samples, minimum=2)
     folder, denoiser = Path(output), digits_denoiser()
-    with _made(folder):
+    with _new_folder(folder):
         demo = _run(denoiser, samples, solvers, steps, progress, say)
         figure = draw(demo, denoiser)
         # Before printing, which ends the command if a reader such as head closed the pipe.
