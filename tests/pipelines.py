@@ -42,7 +42,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from scheduler_table import exact_denoise
 
-from fastsched.diffusers.schedulers.conventions import describe
+from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.schedulers.probe import oracle_network
 
 SHAPE = (2, 2, 2)

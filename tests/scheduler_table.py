@@ -14,7 +14,7 @@ from diffusers import schedulers as library
 import fastsched as fs
 from fastsched.denoisers.noise import FlowMatching, VariancePreserving
 from fastsched.diffusers.applier import applied
-from fastsched.diffusers.schedulers.conventions import describe, solver_of, visited
+from fastsched.diffusers.conventions import describe, solver_of, visited
 from fastsched.diffusers.schedulers.exporter import declared_sigmas, plain_copy
 from fastsched.diffusers.schedulers.probe import oracle_network, scales, states_of, timestep_slack, trace
 from fastsched.sampling.solvers import SOLVERS

@@ -169,8 +169,8 @@ def _of_pipeline(
 ) -> Comparison:
     """Print the cost and compare through the pipeline."""
     from fastsched.cli.pipelines import compare_pipeline, solver_that_runs
+    from fastsched.diffusers.conventions import describe
     from fastsched.diffusers.pipelines.prompt_calls import PromptCalls
-    from fastsched.diffusers.schedulers.conventions import describe
 
     pipe, arguments = replace(source, quiet=True).pipeline()  # one progress bar for all runs instead of one for each
     turns = PromptCalls.of(pipe, source.prompts, arguments, None)

@@ -228,7 +228,7 @@ def scheduler_class(name: str) -> Any:
 
 def replaced(scheduler: Any, kind: Any) -> Any:
     """A scheduler of another class with the settings of ``scheduler``; ValueError if it is for another noise."""
-    from fastsched.diffusers.schedulers.conventions import describe
+    from fastsched.diffusers.conventions import describe
 
     other = kind.from_config(scheduler.config)
     before, after = (

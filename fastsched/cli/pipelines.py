@@ -13,8 +13,8 @@ from torch import Tensor
 from fastsched.comparison import Comparison, row_of
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import attributes_set
+from fastsched.diffusers.conventions import describe, solver_of
 from fastsched.diffusers.pipelines.call import call, check_call
-from fastsched.diffusers.schedulers.conventions import describe, solver_of
 from fastsched.diffusers.schedulers.exporter import plain_copy, warn_of_solver
 from fastsched.diffusers.schedulers.overrides import Override, Step
 from fastsched.diffusers.watching.step_checks import check_scaling

@@ -144,7 +144,7 @@ def _pipeline(folder: Path) -> dict[str, Any]:
     """Describe a saved pipeline or scheduler; weights are not read."""
     scheduler = inputs.load_scheduler(str(folder))
     kind, _ = inputs.pipeline_call(str(folder))
-    from fastsched.diffusers.schedulers.conventions import describe, solver_of
+    from fastsched.diffusers.conventions import describe, solver_of
 
     process = describe(scheduler).process
     return {

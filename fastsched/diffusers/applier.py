@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.diffusers.fitted_scheduler import BELOW_START, FittedScheduler
-from fastsched.diffusers.schedulers.conventions import (
+from fastsched.diffusers.conventions import (
     Convention,
     check_pipe,
     class_and_settings,
@@ -19,6 +18,7 @@ from fastsched.diffusers.schedulers.conventions import (
     holders_of,
     own_scheduler,
 )
+from fastsched.diffusers.fitted_scheduler import BELOW_START, FittedScheduler
 from fastsched.diffusers.schedulers.exporter import (
     Export,
     StepsOtherwise,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastsched.denoisers.deferred_checks import DeferredChecks
 from fastsched.diffusers.attributes import copied_with
-from fastsched.diffusers.schedulers.conventions import class_and_settings, class_of, describe, own_scheduler
+from fastsched.diffusers.conventions import class_and_settings, class_of, describe, own_scheduler
 from fastsched.diffusers.schedulers.exporter import told_timesteps
 from fastsched.diffusers.schedulers.overrides import ArgumentsOf, Timesteps, without_equal_sigmas
 from fastsched.diffusers.schedulers.step_outputs import StepOutput

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.deferred_checks import sent
 from fastsched.denoisers.noise import NoiseProcess
-from fastsched.diffusers.schedulers.conventions import Convention, class_and_settings, describe, own_scheduler
+from fastsched.diffusers.conventions import Convention, class_and_settings, describe, own_scheduler
 from fastsched.diffusers.schedulers.exporter import (
     check_range,
     denoised_levels,

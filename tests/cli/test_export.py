@@ -175,7 +175,7 @@ def test_schedulers_that_fail_with_a_list_are_given_what_they_take(name, tmp_pat
 )
 def test_diffusers_arguments_are_those_that_the_pipeline_takes(kind, printed, said, tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
-    from fastsched.diffusers.schedulers import conventions
+    from fastsched.diffusers import conventions
 
     diffusers.DPMSolverMultistepScheduler().save_pretrained(tmp_path / "scheduler")
     process = conventions.describe(diffusers.DPMSolverMultistepScheduler()).process

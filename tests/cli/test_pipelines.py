@@ -93,8 +93,8 @@ def test_a_fit_shows_one_bar_over_all_its_calls(saved, tmp_path, bars):
 
 
 def test_compare_holds_the_pipeline_to_its_converged_samples(saved, pipe, tmp_path):
+    from fastsched.diffusers.conventions import describe
     from fastsched.diffusers.pipelines.fit import own_sigmas
-    from fastsched.diffusers.schedulers.conventions import describe
     from fastsched.selection.starts import even_schedule
 
     own = own_sigmas(pipe.scheduler, 4)
@@ -117,7 +117,7 @@ def test_compare_holds_the_pipeline_to_its_converged_samples(saved, pipe, tmp_pa
 
 
 def test_compare_names_a_schedule_that_cannot_be_given_before_any_run(saved, pipe, tmp_path, monkeypatch):
-    from fastsched.diffusers.schedulers.conventions import describe
+    from fastsched.diffusers.conventions import describe
     from fastsched.selection.starts import even_schedule
 
     even_schedule(describe(pipe.scheduler).process, 100, "ddim").save(tmp_path / "even.json")

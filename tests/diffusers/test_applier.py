@@ -19,7 +19,7 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 import diffusers
 from applied_schedules import SCHEDULERS, SD, STEPS, Pipe, applied_to, uneven
 
-from fastsched.diffusers.schedulers.conventions import describe
+from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.schedulers.exporter import plain_copy
 from fastsched.diffusers.schedulers.overrides import Timesteps
 from fastsched.diffusers.schedulers.probe import oracle_network, scales, states_of

@@ -8,7 +8,7 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 
 import diffusers
 
-from fastsched.diffusers.schedulers.conventions import describe
+from fastsched.diffusers.conventions import describe
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

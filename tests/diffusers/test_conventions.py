@@ -12,7 +12,7 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 import diffusers
 from pipelines import SHAPE, OraclePipeline, OracleUNet, oracle_pipeline
 
-from fastsched.diffusers.schedulers.conventions import describe
+from fastsched.diffusers.conventions import describe
 
 SETTINGS = {"levels": 12, "samples": 2, "progress": False}
 

@@ -19,8 +19,8 @@ from pipelines import oracle_pipeline
 from scheduler_table import exact_denoise, uneven_schedule
 
 from fastsched.denoisers.noise import FlowMatching, VariancePreserving
+from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
-from fastsched.diffusers.schedulers.conventions import describe
 from fastsched.diffusers.schedulers.probe import oracle_network, scales, states_of
 from fastsched.fitting.rollouts import distances
 from fastsched.metrics import power_mean

@@ -15,7 +15,7 @@ import diffusers
 from pipelines import oracle_pipeline
 
 from fastsched.diffusers.applier import check_derived
-from fastsched.diffusers.schedulers.conventions import SCHEDULERS, describe
+from fastsched.diffusers.conventions import SCHEDULERS, describe
 from fastsched.selection.starts import even_schedule
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

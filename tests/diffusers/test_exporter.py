@@ -18,7 +18,7 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 import diffusers
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
-from fastsched.diffusers.schedulers.conventions import describe
+from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.schedulers.exporter import EXACT, relative_error
 from fastsched.selection.starts import even_schedule
 

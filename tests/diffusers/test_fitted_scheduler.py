@@ -16,8 +16,8 @@ import pipelines
 from diffusers import EulerDiscreteScheduler
 from scheduler_table import exact_denoise, exact_denoiser, uneven_schedule
 
+from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
-from fastsched.diffusers.schedulers.conventions import describe
 from fastsched.diffusers.schedulers.probe import oracle_network, states_of
 from fastsched.sampling.k_diffusion import sample_fitted
 

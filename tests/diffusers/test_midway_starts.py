@@ -21,7 +21,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from fastsched.diffusers.schedulers.conventions import describe
+from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.schedulers.exporter import plain_copy
 
 

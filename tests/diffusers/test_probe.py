@@ -11,7 +11,7 @@ import diffusers
 from pipelines import oracle_pipeline
 
 from fastsched.diffusers.applier import applied
-from fastsched.diffusers.schedulers.conventions import describe
+from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.schedulers.probe import Trace, amplified_rounding
 from fastsched.selection.starts import even_schedule
 

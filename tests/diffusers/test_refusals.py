@@ -14,7 +14,7 @@ import diffusers
 import pipelines
 from pipelines import oracle_pipeline
 
-from fastsched.diffusers.schedulers.conventions import describe
+from fastsched.diffusers.conventions import describe
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 UNCLIPPED = {"clip_sample": False}

@@ -10,7 +10,7 @@ import diffusers
 import scheduler_table
 
 from fastsched.diffusers.applier import applied
-from fastsched.diffusers.schedulers.conventions import describe, solver_of
+from fastsched.diffusers.conventions import describe, solver_of
 
 PINNED = "0.42.1"
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pipelines import SHAPE, oracle_pipeline
 
 import fastsched as fs
-from fastsched.diffusers.schedulers.conventions import solver_of
+from fastsched.diffusers.conventions import solver_of
 
 SCHEDULERS = {
     "EulerDiscreteScheduler()": EulerDiscreteScheduler,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.diffusers.attributes import check_one_thread, values_copied
+from fastsched.diffusers.conventions import check_pipe
 from fastsched.diffusers.random_numbers import random_numbers_kept
-from fastsched.diffusers.schedulers.conventions import check_pipe
 from fastsched.measurement.batches import is_out_of_memory
 
 #: Arguments of a pipeline's call that determine its steps.

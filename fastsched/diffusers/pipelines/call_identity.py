@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.pipelines.call import call_parameters
-from fastsched.diffusers.schedulers.conventions import describe
 from fastsched.diffusers.watching.network_facts import PROGRESS, hooks_of
 from fastsched.diffusers.watching.watch import networks_of
 from fastsched.measurement.devices import gathered_by_all

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import in_one_thread
+from fastsched.diffusers.conventions import describe, other_solver, own_scheduler, solver_of
 from fastsched.diffusers.pipelines.call_identity import call_identity, check_same_call, check_same_calls
 from fastsched.diffusers.pipelines.measurement import CHECKS as CHECKS_OF_MEASURE
 from fastsched.diffusers.pipelines.measurement import (
@@ -24,7 +25,6 @@ from fastsched.diffusers.pipelines.measurement import (
 )
 from fastsched.diffusers.pipelines.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.pipelines.runner import PipelineRunner, fits
-from fastsched.diffusers.schedulers.conventions import describe, other_solver, own_scheduler, solver_of
 from fastsched.diffusers.schedulers.exporter import Export, declared_sigmas, plain_copy
 from fastsched.diffusers.schedulers.replacement import replacement
 from fastsched.diffusers.watching.caches import check_caches

@@ -16,11 +16,11 @@ from fastsched import validate
 from fastsched.diffusers.applier import check_derived
 from fastsched.diffusers.attributes import attributes_set, in_one_thread, known_calls
 from fastsched.diffusers.calibration import CalibrationScheduler
+from fastsched.diffusers.conventions import describe, own_scheduler, warn_of_overrides
 from fastsched.diffusers.pipelines.call import call, check_call
 from fastsched.diffusers.pipelines.call_identity import call_identity, check_same_call, check_same_calls
 from fastsched.diffusers.pipelines.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.random_numbers import ONE_CALL
-from fastsched.diffusers.schedulers.conventions import describe, own_scheduler, warn_of_overrides
 from fastsched.diffusers.schedulers.overrides import warn_of_lost_methods
 from fastsched.diffusers.watching.caches import check_caches
 from fastsched.diffusers.watching.consistency import warn_of_other_call

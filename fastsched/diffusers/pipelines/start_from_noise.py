@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastsched.denoisers.deferred_checks import DeferredChecks, DeferredRead
 from fastsched.diffusers.attributes import copied_with
+from fastsched.diffusers.conventions import describe, own_scheduler
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
-from fastsched.diffusers.schedulers.conventions import describe, own_scheduler
 from fastsched.diffusers.schedulers.exporter import gives_both_lists
 from fastsched.diffusers.schedulers.overrides import Override, Timesteps, without_equal_sigmas
 from fastsched.diffusers.schedulers.probe import scales

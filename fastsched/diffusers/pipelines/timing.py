@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.calibration import CalibrationScheduler
+from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
 from fastsched.diffusers.pipelines.call import call, call_parameters, check_call
 from fastsched.diffusers.pipelines.measurement import PIPELINE_SAMPLES, calibration_calls, measure
 from fastsched.diffusers.random_numbers import random_numbers_kept
-from fastsched.diffusers.schedulers.conventions import describe
 from fastsched.diffusers.watching.watch import networks_of
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.timeline import TimedRun, Timeline, device_of, synchronisations

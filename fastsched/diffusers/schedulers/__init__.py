@@ -1,1 +1,1 @@
-"""Schedulers of diffusers: how one is read, and how levels are given to it, and verified."""
+"""How levels are given to a scheduler of diffusers, and verified; `diffusers.conventions` says how one is read."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.noise import FlowMatching, NoiseProcess, VariancePreserving
 from fastsched.diffusers.attributes import deep_copy
-from fastsched.diffusers.schedulers.conventions import (
+from fastsched.diffusers.conventions import (
     Convention,
     class_names,
     describe,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.diffusers.attributes import attributes_set, copied_with
-from fastsched.diffusers.schedulers.conventions import class_names
+from fastsched.diffusers.conventions import class_names
 
 #: Attributes in which multistep classes keep their history, and the value of an empty history.
 HISTORIES: dict[str, Callable[[], Any]] = {"lower_order_nums": lambda: 0, "ets": list}

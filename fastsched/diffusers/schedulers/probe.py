@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fastsched.denoisers.noise import VarianceExploding
+from fastsched.diffusers.conventions import Convention, class_names, describe
 from fastsched.diffusers.random_numbers import ONE_CALL
-from fastsched.diffusers.schedulers.conventions import Convention, class_names, describe
 
 #: Elements of the probe's state. A stochastic scheduler's sigma is found to about ``1 / sqrt(PROBE_SIZE)``.
 PROBE_SIZE = 1 << 14

@@ -11,7 +11,7 @@ from typing import Any
 
 import diffusers
 
-from fastsched.diffusers.schedulers.conventions import Convention, describe, solver_of
+from fastsched.diffusers.conventions import Convention, describe, solver_of
 
 #: Classes to try, for each kind of noise process, the best first.
 CLASSES = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsched.diffusers.schedulers.conventions import class_names, describe, visited
+from fastsched.diffusers.conventions import class_names, describe, visited
 from fastsched.diffusers.schedulers.exporter import NEGLIGIBLE, Setter, given_arguments, told_levels
 from fastsched.diffusers.schedulers.overrides import HISTORIES, FirstOrderEnd, StrideStep
 from fastsched.sampling.schedule import Schedule

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.deferred_checks import DeferredChecks
-from fastsched.diffusers.schedulers.conventions import Convention
+from fastsched.diffusers.conventions import Convention
 from fastsched.diffusers.watching.step_checks import INSTEAD
 
 #: Parts of the latents with fewer elements may be equal by chance.

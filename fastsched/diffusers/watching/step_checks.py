@@ -15,7 +15,7 @@ from fastsched import validate
 from fastsched.denoisers.deferred_checks import DeferredChecks
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.noise import NoiseProcess
-from fastsched.diffusers.schedulers.conventions import Convention
+from fastsched.diffusers.conventions import Convention
 
 #: What to do about a pipeline whose loop cannot be measured.
 UNMEASURABLE = "it cannot be measured by its loop; measure its network (fastsched.measure)"
