@@ -211,9 +211,6 @@ def _baselines(
             label = name if len(kinds) == 1 else f"{name}-{solver}-{steps}"
             while label in schedules:
                 label = f"common {label}"
-            try:
-                sigmas = common_sigmas(process, levels, name, steps, spare_last=spare_last)
-                added[label] = Schedule(sigmas, solver, process.kind)
-            except ValueError as error:  # levels may coincide
-                raise ValueError(f"baselines: {label}: {error}") from None
+            sigmas = common_sigmas(process, levels, name, steps, spare_last=spare_last)
+            added[label] = Schedule(sigmas, solver, process.kind)
     return added

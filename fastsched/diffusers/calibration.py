@@ -20,8 +20,9 @@ from fastsched.diffusers.schedulers.exporter import told_timesteps
 from fastsched.diffusers.schedulers.overrides import ArgumentsOf, Timesteps, without_equal_sigmas
 from fastsched.diffusers.schedulers.step_outputs import StepOutput
 from fastsched.diffusers.watching.consistency import Consistency
-from fastsched.diffusers.watching.first_latents import check_first_latents, check_neighbours, check_noise_predicted
+from fastsched.diffusers.watching.first_latents import check_first_latents, check_neighbours
 from fastsched.diffusers.watching.function_checks import check_function
+from fastsched.diffusers.watching.predictions import check_noise_predicted
 from fastsched.diffusers.watching.step_checks import (
     UNALIKE,
     check_copies,

@@ -273,7 +273,8 @@ validate.CHECKS["stats"] = is_statistics
 def data_deviation(ends: Tensor) -> float:
     """Root mean square of ``ends`` [B, *shape] about the mean of all their elements.
 
-    Elements that are 0 in every path are left out: a pipeline sets them (`held_at_zero`).
+    Elements that are 0 in every path are left out: a pipeline sets them
+    (`fastsched.diffusers.watching.step_checks.held_at_zero`).
     """
     kept = ends.any(0)  # one mask for all paths, and no copy where it holds all elements
     if bool(kept.any()) and not bool(kept.all()):

@@ -94,12 +94,6 @@ def test_a_schedule_of_the_fitted_solver_is_compared_with_its_weights(folder, mo
     assert json.loads(run("info", tmp_path / "fitted.json", "--json").stdout)["weights"][0] == [1, 0, 0, 0, 0]
 
 
-def test_a_baseline_whose_levels_coincide_is_named(folder, model, monkeypatch):
-    monkeypatch.setattr("fastsched.selection.starts.common_sigmas", lambda *_, **__: torch.tensor([1.0, 1.0, 0.0]))
-    refused = run("compare", model, folder / "x-4.json", "--shape", "2,3", "--baselines", "beta", "-q")
-    assert "baselines: beta: sigmas must strictly descend" in one_line(refused)
-
-
 def test_plot_draws_each_kind_of_file(folder, tmp_path):
     stats, schedule = folder / "s.safetensors", folder / "x-4.json"
     for files in ((stats, schedule), (stats,), (schedule,)):

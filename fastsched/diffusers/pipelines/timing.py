@@ -123,9 +123,9 @@ def _timed_step(
 
     @functools.wraps(step)
     def timed(*args: Any, **kwargs: Any) -> Any:
-        seen(named.bind(*args, **kwargs).arguments["sample"])
         with timeline.within("scheduler"), synchronisations(timeline.device) as found:
             result = step(*args, **kwargs)
+        seen(named.bind(*args, **kwargs).arguments["sample"])
         waits.append(len(found or []))
         return result
 

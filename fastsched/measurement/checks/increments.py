@@ -13,7 +13,7 @@ outputs at many levels, wholly or in part, fourth differences are longer than in
 from __future__ import annotations
 
 import math
-import statistics
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -159,7 +159,7 @@ def _explained(products: Tensor, k: int) -> tuple[float, float]:
 def _wrong_in_most(grams: Tensor, level: int) -> bool:
     """Whether the output of a ``level`` is wrong in most paths, from their Gram matrices [B, N-1, N-1]."""
     parts = [_explained(_fourth_products(own), level - 2) for own in grams]
-    return statistics.median(explained / max(total, 1e-30) for explained, total in parts) > IN_MOST
+    return median(explained / max(total, 1e-30) for explained, total in parts) > IN_MOST
 
 
 def _check_repeats(calls: CheckCalls, stats: PathStatistics) -> None:
